@@ -1,0 +1,69 @@
+"""Exact KL divergence between policy and reference, over the whole vocabulary, along given completions.
+
+Summed over a completion's tokens it is the sequence KL with the contexts of that completion: along
+samples of the policy an unbiased estimate of KL(pi || pi_ref) with the token distributions summed
+out (lower variance than log-ratios); along held-out completions the same quantity in the data's
+contexts, comparable from step to step.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from prefopt.data.pack import PackedBatch
+from prefopt.model.head import Head, head_of, logits_tile, tile_rows
+from prefopt.model.logprobs import Path, plain_model, target_hidden
+
+__all__ = ["ReferenceStates", "sequence_kl_sum"]
+
+
+@dataclass(frozen=True)
+class ReferenceStates:
+    """What the reference left behind so that it need not stay in memory: hidden states and its head."""
+
+    hidden: tuple[Float[Tensor, "targets hidden"], ...]
+    head: Head
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: torch.nn.Module, batches: list[PackedBatch], path: Path) -> "ReferenceStates":
+        """Run the reference once over `batches`; the head is copied, since training moves it in place."""
+        head = head_of(plain_model(model))
+        bias = None if head.bias is None else head.bias.detach().clone()
+        kept = Head(head.weight.detach().clone(), bias, head.scale, head.softcap)
+        return cls(tuple(target_hidden(model, batch, path).cpu() for batch in batches), kept)
+
+
+@torch.no_grad()
+def sequence_kl_sum(
+    policy: torch.nn.Module, reference: ReferenceStates, batches: list[PackedBatch], path: Path
+) -> Float[Tensor, " sequences"]:
+    """sum_t KL(pi(.|x, y_<t) || pi_ref(.|x, y_<t)) per sequence of `batches`, in nats.
+
+    Args:
+        reference: `ReferenceStates.of(reference, batches, path)` for the very same batches.
+    """
+    head = head_of(plain_model(policy))
+    sums = []
+    for batch, reference_hidden in zip(batches, reference.hidden, strict=True):
+        hidden = target_hidden(policy, batch, path)
+        per_token = _token_kl(head, hidden, reference.head, reference_hidden.to(hidden.device))
+        sums.append(
+            torch.zeros(batch.sequences, device=hidden.device).index_add(0, batch.sequence_of_target, per_token)
+        )
+    return torch.cat(sums) if sums else torch.zeros(0)
+
+
+def _token_kl(
+    head: Head, hidden: Float[Tensor, "targets d"], reference: Head, reference_hidden: Float[Tensor, "targets d"]
+) -> Float[Tensor, " targets"]:
+    parts = []
+    for ours, theirs in zip(
+        hidden.split(tile_rows(len(head.weight))), reference_hidden.split(tile_rows(len(head.weight))), strict=True
+    ):
+        log_p = torch.log_softmax(logits_tile(head, ours), dim=-1)
+        log_q = torch.log_softmax(logits_tile(reference, theirs), dim=-1)
+        parts.append((log_p.exp() * (log_p - log_q)).sum(dim=-1))
+    return torch.cat(parts)

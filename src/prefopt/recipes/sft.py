@@ -1,0 +1,102 @@
+"""Supervised fine-tuning: imitate demonstrations, or the chosen completions of pairs."""
+
+from collections.abc import Sequence
+
+from prefopt.config import SFTConfig
+from prefopt.data.group import CompletionGroup
+from prefopt.data.pack import PackedBatch
+from prefopt.errors import DataError
+from prefopt.losses import LossTotal, negative_log_likelihood
+from prefopt.model.logprobs import sequence_logprob_sum
+from prefopt.model.policy import make_policy
+from prefopt.outcome import Sampler, finish
+from prefopt.progress import say
+from prefopt.records import Comparison, Demonstration, Rating, Record
+from prefopt.run import RunFolder
+from prefopt.setup import begin_run, check_path, device_and_dtype, load, manifest, read_groups, split_rows
+from prefopt.train.health import Health
+from prefopt.train.loop import Objective, fit, total_steps
+from prefopt.train.step import evaluate_loss
+
+__all__ = ["train"]
+
+
+def train(config: SFTConfig, resumed: RunFolder | None = None) -> RunFolder:
+    """Read demonstrations, train on their completions, save the model and report.
+
+    The loss is the mean over completion tokens of -log p, so a step weighs tokens, not rows.
+
+    Args:
+        resumed: The run folder to go on with; `config` is then the one saved in it.
+    """
+    device, dtype = device_and_dtype(config.dtype)
+    if resumed is None:
+        RunFolder.refuse_taken(config.out)
+    loaded, renderer = load(config, dtype, device)
+    groups, audit = read_groups(config, loaded.model, renderer, _demonstrations)
+    rows = split_rows(config, groups, audit)
+    run = begin_run(config, "sft", rows, manifest(config, loaded), resumed)
+
+    path = check_path(loaded.model, rows.train, device)
+    run.event("path", step=0, path=path.path, reason=path.reason, max_difference=path.max_difference)
+    sampler = Sampler.over(config, renderer, rows.held_out or rows.train)
+    before = sampler.complete(loaded.model, "samples before")
+    policy = make_policy(loaded.model, config)
+
+    def loss_of(batch: PackedBatch) -> LossTotal:
+        sums = sequence_logprob_sum(policy, batch, path.path)
+        total = negative_log_likelihood(logprob_sum=sums, token_counts=batch.token_counts, weights=batch.weights)
+        total.metrics.update({"logps/completion": sums.detach(), "lengths/completion": batch.token_counts.float()})
+        return total
+
+    def evaluate() -> dict[str, float]:
+        metrics = evaluate_loss(
+            rows.held_out, loss_of, _tokens, tokens_per_batch=config.tokens_per_batch, device=device
+        )
+        return {**metrics, "rows": len(rows.held_out)}
+
+    fit(
+        run,
+        config,
+        Objective(
+            label="sft",
+            unit="rows",
+            loss_of=loss_of,
+            count_of=_tokens,
+            evaluate=evaluate if rows.held_out else None,
+            batch=config.batch_rows,
+            lr=config.lr,
+            max_grad_norm=config.max_grad_norm,
+        ),
+        policy,
+        rows.train,
+        Health(),
+        device,
+    )
+    finish(run, loaded, policy, sampler, before, total_steps(config, len(rows.train), config.batch_rows))
+    return run
+
+
+def _tokens(group: CompletionGroup) -> int:
+    """The loss is divided by the number of completion tokens."""
+    return sum(completion.scored_tokens for completion in group.completions)
+
+
+def _demonstrations(records: Sequence[Record]) -> Sequence[Record]:
+    """Demonstrations as they are; of a pair the chosen completion; ratings are refused by name."""
+    kept: list[Record] = []
+    for record in records:
+        if isinstance(record, Rating):
+            raise DataError(
+                "sft imitates completions, and these rows call some of theirs bad.",
+                where=str(record.source),
+                got="a completion with a label",
+                expected="demonstrations or pairs",
+                todo="Keep the rows whose label is true, without the label column.",
+            )
+        if isinstance(record, Comparison):
+            record = Demonstration(record.prompt, record.chosen, record.source, record.weight)
+        kept.append(record)
+    if pairs := sum(isinstance(r, Comparison) for r in records):
+        say(f"pairs: sft imitates the chosen completion of {pairs:,} pairs")
+    return kept

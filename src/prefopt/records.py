@@ -1,0 +1,74 @@
+"""Validated rows with provenance: what reading produces and tokenising consumes.
+
+A row's content is either plain text (`str`: continue this) or a conversation (a tuple of
+`Message`). Prompt and completions of one record are of the same kind. An empty prompt is `""`
+or `()`. Every record knows the row it came from.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Comparison", "Content", "Demonstration", "Message", "Rating", "Record", "Role", "Source"]
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+Content = str | tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a row stands.
+
+    `row` counts rows from 1 as they stand in the file; `line` is the line a text format has it
+    on, or None where rows have no lines (Parquet, Arrow, a JSON array).
+    """
+
+    file: str
+    row: int
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.line else f"{self.file} row {self.row}"
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """A prompt with the one completion to imitate."""
+
+    prompt: Content
+    completion: Content
+    source: Source
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A prompt with two completions, one preferred; `weight` multiplies its loss."""
+
+    prompt: Content
+    chosen: Content
+    rejected: Content
+    source: Source
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rating:
+    """A prompt with one completion that somebody called good (`label`) or bad: an unpaired row."""
+
+    prompt: Content
+    completion: Content
+    label: bool
+    source: Source
+
+
+Record = Demonstration | Comparison | Rating

@@ -1,0 +1,36 @@
+"""Go on with an unfinished run as if nothing had happened."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from prefopt.config import DPOConfig, SFTConfig
+from prefopt.errors import RunError
+from prefopt.progress import say
+from prefopt.recipes import dpo, sft
+from prefopt.run import RunFolder
+
+__all__ = ["resume"]
+
+_RECIPES: dict[str, tuple[type[SFTConfig] | type[DPOConfig], Callable[..., RunFolder]]] = {
+    "sft": (SFTConfig, sft.train),
+    "dpo": (DPOConfig, dpo.train),
+}
+
+
+def resume(path: Path) -> RunFolder:
+    """Train the rest of the run at `path`, from its last whole checkpoint, to the same numbers.
+
+    Raises:
+        RunError: no run there, a finished one, or model, tokenizer, template or data have changed.
+    """
+    run = RunFolder.open(path)
+    if run.finished:
+        raise RunError(
+            "This run is finished.",
+            where=str(path),
+            expected="an interrupted run",
+            todo=f"Its model is {run.model}; train further from it with --model {path} and another --out.",
+        )
+    kind, train = _RECIPES[run.recipe]
+    say(f"resuming {run.recipe} run {path}")
+    return train(kind.model_validate(run.config_dict), run)

@@ -1,0 +1,175 @@
+"""What happens before training, the same for every recipe: where to compute, which rows, which run."""
+
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from prefopt.config import DataConfig, TrainConfig
+from prefopt.data.audit import Audit
+from prefopt.data.group import CompletionGroup
+from prefopt.data.order import split_by_prompt
+from prefopt.data.pack import pack
+from prefopt.data.read import read_records
+from prefopt.data.tokenize import Renderer, tokenize
+from prefopt.errors import ConfigError, DataError
+from prefopt.model.load import LoadedModel, eos_ids, load_model, max_positions
+from prefopt.model.logprobs import PathChoice, choose_path
+from prefopt.progress import say
+from prefopt.records import Record
+from prefopt.run import RunFolder, check_manifest, file_sha256
+
+__all__ = ["Rows", "begin_run", "check_path", "device_and_dtype", "load", "manifest", "read_groups", "split_rows"]
+
+_CHECK_TOKENS = 2048  # rows of the first batch that are also scored by transformers itself
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokenised rows on either side of the split, and what became of every row read."""
+
+    train: list[CompletionGroup]
+    held_out: list[CompletionGroup]
+    audit: Audit
+
+
+def device_and_dtype(dtype: Literal["auto", "float32", "bfloat16"]) -> tuple[torch.device, torch.dtype]:
+    """CUDA if there is a GPU, else CPU; auto is bfloat16 there and float32 here."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype == "auto":
+        return device, torch.bfloat16 if device.type == "cuda" else torch.float32
+    return device, getattr(torch, dtype)
+
+
+def load(config: DataConfig, dtype: torch.dtype, device: torch.device) -> tuple[LoadedModel, Renderer]:
+    """The starting model and the one that turns its conversations into tokens."""
+    loaded = load_model(config.model, dtype=dtype, device=device)
+    renderer = Renderer(loaded.tokenizer, template=config.template, eos_ids=eos_ids(loaded.model, loaded.tokenizer))
+    parameters = sum(p.numel() for p in loaded.model.parameters())
+    say(f"model: {config.model} ({type(loaded.model).__name__}, {parameters:,} parameters, {dtype}, {device})")
+    say(f"conversations: {renderer.description}")
+    return loaded, renderer
+
+
+def read_groups(
+    config: DataConfig,
+    model: PreTrainedModel,
+    renderer: Renderer,
+    select: Callable[[Sequence[Record]], Sequence[Record]],
+) -> tuple[list[CompletionGroup], Audit]:
+    """Read, select what the recipe takes, tokenise; stops when too many rows are refused.
+
+    Args:
+        select: Picks (or converts to) the records a recipe trains on; raises DataError for others.
+    """
+    audit = Audit()
+    records = read_records(config.data, audit=audit, columns=config.columns, split=config.split)
+    say(f"data: {audit.format}")
+    limit = _max_length(config, model)
+    groups = tokenize(
+        select(records),
+        renderer,
+        max_length=limit,
+        max_prompt_length=config.max_prompt_length or limit // 2,
+        audit=audit,
+    )
+    say(f"rows: {audit.summary()}")
+    audit.enforce(config.max_refused)
+    if not groups:
+        raise DataError(
+            "No usable row is left.",
+            where=", ".join(config.data),
+            got=audit.summary(),
+            expected="at least one row",
+            todo=f"`prefopt check {config.data[0]} --model {config.model}` shows the reasons row by row.",
+        )
+    return groups, audit
+
+
+def split_rows(config: TrainConfig, groups: list[CompletionGroup], audit: Audit) -> Rows:
+    """Hold out a share of the prompts."""
+    train, held_out = split_by_prompt(groups, config.eval_share, config.seed)
+    say(f"split by prompt: {len(train):,} rows to train on, {len(held_out):,} held out")
+    if not train:
+        raise DataError(
+            "Every row is held out.",
+            where="eval_share",
+            got=f"{config.eval_share} of {len(groups)} rows",
+            expected="rows to train on",
+            todo="Give more rows or a smaller --eval-share.",
+        )
+    return Rows(train, held_out, audit)
+
+
+def _max_length(config: DataConfig, model: PreTrainedModel) -> int:
+    positions = max_positions(model)
+    if config.max_length is None:
+        return min(1024, positions or 1024)
+    if positions is not None and config.max_length > positions:
+        raise ConfigError(
+            "max_length is more than the model holds.",
+            where="max_length",
+            got=str(config.max_length),
+            expected=f"at most {positions}, the model's positions",
+            todo=f"Use --max-length {positions} or less.",
+        )
+    return config.max_length
+
+
+def manifest(config: DataConfig, loaded: LoadedModel) -> dict[str, Any]:
+    """What a run was made of: hashes of model, tokenizer, template and data files, and versions."""
+    files = [Path(name) for name in config.data]
+    return {
+        "model": loaded.fingerprint,
+        "tokenizer": loaded.tokenizer_fingerprint,
+        "template": loaded.template_fingerprint,
+        "data": {name: _data_hash(path) for name, path in zip(config.data, files, strict=True)},
+        "versions": {
+            "prefopt": version("prefopt"),
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+            "peft": version("peft"),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+        },
+    }
+
+
+def _data_hash(path: Path) -> str:
+    if path.is_file():
+        return f"sha256:{file_sha256(path)}"
+    if path.is_dir():
+        return json.dumps({str(p.relative_to(path)): file_sha256(p) for p in sorted(path.rglob("*")) if p.is_file()})
+    return "hub"
+
+
+def begin_run(
+    config: TrainConfig, recipe: str, rows: Rows, made_of: dict[str, Any], resumed: RunFolder | None
+) -> RunFolder:
+    """A new run folder, or the one to resume once it is made of the same things."""
+    if resumed is not None:
+        check_manifest(resumed.manifest, made_of)
+        return resumed
+    run = RunFolder.create(config.out, recipe=recipe, config=config, manifest=made_of)
+    counts = {**rows.audit.as_json(), "train": len(rows.train), "held_out": len(rows.held_out)}
+    (run.path / "audit.json").write_text(json.dumps(counts, indent=2) + "\n")
+    run.event("started", step=0, recipe=recipe)
+    return run
+
+
+def check_path(model: torch.nn.Module, groups: Sequence[CompletionGroup], device: torch.device) -> PathChoice:
+    """Score the first rows both ways, say which path the run takes."""
+    taken: list[CompletionGroup] = []
+    for group in groups:
+        if taken and sum(g.tokens for g in taken) + group.tokens > _CHECK_TOKENS:
+            break
+        taken.append(group)
+    choice = choose_path(model, pack(taken).to(device))
+    say(str(choice))
+    return choice

@@ -1,0 +1,240 @@
+"""The training loop: checkpoint, evaluate, step, log - until done or interrupted.
+
+What is recorded under step k was measured with the weights after k updates, so step 0 is before
+any update. A checkpoint at step k comes before anything else at k: a resumed run repeats k whole.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import psutil
+import torch
+
+from prefopt.config import TrainConfig
+from prefopt.data.group import CompletionGroup
+from prefopt.data.order import rows_of_step, steps_per_epoch
+from prefopt.errors import NonFiniteError
+from prefopt.progress import progress, say, warn
+from prefopt.run import RunFolder
+from prefopt.train.checkpoint import (
+    load_latest,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    restore_rng,
+    rng_tensors,
+    save_checkpoint,
+)
+from prefopt.train.health import Health
+from prefopt.train.optimizer import Masters, learning_rate, make_optimizer
+from prefopt.train.step import LossOf, StepResult, train_step
+
+__all__ = ["Objective", "fit"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a recipe hands to the loop.
+
+    Attributes:
+        label: Name on the progress bar.
+        unit: What a group is called in rates: "pairs" or "rows".
+        loss_of: Loss of a micro-batch.
+        count_of: What a group adds to the global count the loss is divided by.
+        evaluate: Metrics on held-out rows; None where nothing is held out.
+        batch: Groups in an optimiser step.
+        lr: Peak learning rate.
+        max_grad_norm: Where the gradient norm is clipped.
+    """
+
+    label: str
+    unit: str
+    loss_of: LossOf
+    count_of: Callable[[CompletionGroup], int]
+    evaluate: Callable[[], dict[str, float]] | None
+    batch: int
+    lr: float
+    max_grad_norm: float
+
+
+class _Interruption:
+    """Turns the first SIGINT or SIGTERM into a flag; a second SIGINT leaves at once."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    def __enter__(self) -> "_Interruption":
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+        say(f"{self.signal.name}: finishing this step, then saving; press Ctrl-C again to leave at once")
+
+
+def total_steps(config: TrainConfig, rows: int, batch: int) -> int:
+    """Optimiser steps of the whole run."""
+    steps = config.epochs * steps_per_epoch(rows, batch)
+    return min(steps, config.max_steps) if config.max_steps else steps
+
+
+def fit(
+    run: RunFolder,
+    config: TrainConfig,
+    objective: Objective,
+    policy: torch.nn.Module,
+    groups: Sequence[CompletionGroup],
+    health: Health,
+    device: torch.device,
+) -> None:
+    """Train `policy` in place on `groups`, from the run's last whole checkpoint if it has one.
+
+    Raises:
+        NonFiniteError: after saving the last good state.
+        SystemExit: 130 or 143 after SIGINT or SIGTERM, the state saved.
+    """
+    steps = total_steps(config, len(groups), objective.batch)
+    masters = Masters(policy.parameters())
+    optimizer = make_optimizer(config.optimizer, masters.parameters, lr=objective.lr, weight_decay=config.weight_decay)
+    state = _State(run, config, policy, masters, optimizer)
+    start = state.restore()
+    evaluations = _marks(steps, config.eval_every) | {0}
+    saves = _marks(steps, config.save_every)
+    with _Interruption() as interruption, progress(objective.label, total=steps, unit="steps") as bar:
+        bar.advance(start)
+        for step in range(start, steps + 1):
+            if step > start and (step in saves or interruption.signal):
+                state.save(step)
+            if interruption.signal:
+                _leave(run, step, steps, interruption.signal)
+            if objective.evaluate and step in evaluations:
+                _log(run, health, step, "eval", objective.evaluate())
+            if step == steps:
+                break
+            rows = [groups[i] for i in _rows(step, config, len(groups), objective.batch)]
+            run.event("rows", step=step, rows=[str(g.source) for g in rows])
+            lr = learning_rate(step, total=steps, peak=objective.lr, warmup=config.warmup, schedule=config.schedule)
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = lr
+            began = time.perf_counter()
+            try:
+                result = train_step(
+                    rows,
+                    objective.loss_of,
+                    objective.count_of,
+                    optimizer,
+                    masters,
+                    tokens_per_batch=config.tokens_per_batch,
+                    max_grad_norm=objective.max_grad_norm,
+                    device=device,
+                )
+            except NonFiniteError:
+                state.save(step)
+                raise
+            seconds = time.perf_counter() - began
+            metrics = _train_metrics(result, lr, seconds, len(rows), objective.unit)
+            _log(run, health, step, "train", metrics)
+            bar.advance(1, note=f"loss {result.loss:.4f}")
+
+
+def _rows(step: int, config: TrainConfig, rows: int, batch: int) -> list[int]:
+    return rows_of_step(step, rows=rows, batch=batch, seed=config.seed)
+
+
+def _marks(steps: int, every: int | None) -> set[int]:
+    every = every or max(1, math.ceil(steps / 5))
+    return set(range(every, steps, every)) | {steps}
+
+
+def _log(run: RunFolder, health: Health, step: int, split: str, metrics: dict[str, float]) -> None:
+    run.log_metrics(step, split, metrics)
+    for warning in health.observe(step, split, metrics):
+        warn(warning.sentence)
+        run.event("warned", step=step, kind=warning.kind, sentence=warning.sentence)
+
+
+def _leave(run: RunFolder, step: int, steps: int, received: signal.Signals) -> None:
+    run.event("interrupted", step=step, signal=received.name)
+    say(f"saved at step {step} of {steps}; go on with: prefopt resume {run.path}")
+    raise SystemExit(128 + received)
+
+
+def _train_metrics(result: StepResult, lr: float, seconds: float, groups: int, unit: str) -> dict[str, float]:
+    return {
+        "loss": result.loss,
+        **result.metrics,
+        "grad_norm": result.grad_norm,
+        "lr": lr,
+        "tokens_per_second": result.tokens / seconds,
+        f"{unit}_per_second": groups / seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Most memory the process has held: on the GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):
+        return int(memory.peak_wset)
+    import resource
+
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes if psutil.MACOS else kilobytes * 1024
+
+
+class _State:
+    """Everything a resumed run needs: master weights, optimiser, random generators."""
+
+    def __init__(
+        self,
+        run: RunFolder,
+        config: TrainConfig,
+        policy: torch.nn.Module,
+        masters: Masters,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        self.run = run
+        self.keep = config.keep_checkpoints
+        self.masters = masters
+        self.optimizer = optimizer
+        self.names = [name for name, p in policy.named_parameters() if p.requires_grad]
+
+    def save(self, step: int) -> None:
+        tensors, scalars = optimizer_tensors(self.optimizer)
+        save_checkpoint(
+            self.run.checkpoints,
+            step=step,
+            tensors={
+                "weights": dict(zip(self.names, self.masters.parameters, strict=True)),
+                "optimizer": tensors,
+                "rng": rng_tensors(),
+            },
+            state={"optimizer": scalars},
+            keep=self.keep,
+        )
+        self.run.event("saved", step=step)
+
+    @torch.no_grad()
+    def restore(self) -> int:
+        checkpoint = load_latest(self.run.checkpoints, on_damage=warn)
+        if checkpoint is None:
+            return 0
+        weights: dict[str, Any] = checkpoint.tensors("weights")
+        for name, master in zip(self.names, self.masters.parameters, strict=True):
+            master.copy_(weights[name])
+        self.masters.refresh()
+        load_optimizer_tensors(self.optimizer, checkpoint.tensors("optimizer"), checkpoint.state["optimizer"])
+        restore_rng(checkpoint.tensors("rng"))
+        return checkpoint.step

@@ -1,0 +1,127 @@
+"""One optimiser step: micro-batches in, one global division, one check, one update."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prefopt.data.group import CompletionGroup
+from prefopt.data.pack import PackedBatch, micro_batches, pack
+from prefopt.errors import NonFiniteError
+from prefopt.losses.total import LossTotal
+from prefopt.train.optimizer import Masters, gradient_norm
+
+__all__ = ["LossOf", "StepResult", "evaluate_loss", "train_step"]
+
+LossOf = Callable[[PackedBatch], LossTotal]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Means over the step's global count; `metrics` are means over its groups."""
+
+    loss: float
+    grad_norm: float
+    metrics: dict[str, float]
+    tokens: int
+
+
+def train_step(
+    groups: Sequence[CompletionGroup],
+    loss_of: LossOf,
+    count_of: Callable[[CompletionGroup], int],
+    optimizer: torch.optim.Optimizer,
+    masters: Masters,
+    *,
+    tokens_per_batch: int,
+    max_grad_norm: float,
+    device: torch.device,
+) -> StepResult:
+    """Accumulate sum(losses) / global count over micro-batches, check, clip, update.
+
+    The global count is known before the first forward pass, so a gradient is the same whatever the
+    micro-batches are. The device is asked for numbers once, at the end.
+
+    Raises:
+        NonFiniteError: loss or gradient is NaN or infinite; the rows are named and no parameter has moved.
+    """
+    count = sum(count_of(g) for g in groups)
+    optimizer.zero_grad(set_to_none=True)
+    tally = _Tally()
+    for part in micro_batches(groups, tokens_per_batch):
+        batch = pack(part).to(device)
+        total = loss_of(batch)
+        (total.losses.sum() / count).backward()
+        tally.add(batch, total)
+    norm = gradient_norm(masters.parameters)
+    result = StepResult(tally.loss(count), float(norm), tally.means(), tally.tokens)
+    if not (torch.isfinite(norm) and tally.finite()):
+        optimizer.zero_grad(set_to_none=True)
+        raise _non_finite(tally, result, groups)
+    torch.nn.utils.clip_grads_with_norm_(masters.parameters, max_grad_norm, norm)
+    optimizer.step()
+    masters.refresh()
+    return result
+
+
+@torch.no_grad()
+def evaluate_loss(
+    groups: Sequence[CompletionGroup],
+    loss_of: LossOf,
+    count_of: Callable[[CompletionGroup], int],
+    *,
+    tokens_per_batch: int,
+    device: torch.device,
+    advance: Callable[[int], None] = lambda _: None,
+) -> dict[str, float]:
+    """`loss` and the mean metrics over `groups`, computed as a training step would."""
+    tally = _Tally()
+    for part in micro_batches(groups, tokens_per_batch):
+        batch = pack(part).to(device)
+        tally.add(batch, loss_of(batch))
+        advance(len(part))
+    return {"loss": tally.loss(sum(count_of(g) for g in groups)), **tally.means()}
+
+
+class _Tally:
+    """Sums over micro-batches, kept on the device until asked for."""
+
+    def __init__(self) -> None:
+        self.groups: list[CompletionGroup] = []
+        self.losses: list[Tensor] = []
+        self.metrics: dict[str, list[Tensor]] = {}
+        self.tokens = 0
+
+    def add(self, batch: PackedBatch, total: LossTotal) -> None:
+        self.groups += batch.groups
+        self.losses.append(total.losses.detach())
+        for name, values in total.metrics.items():
+            self.metrics.setdefault(name, []).append(values)
+        self.tokens += len(batch.input_ids)
+
+    def loss(self, count: int) -> float:
+        return float(torch.cat(self.losses).double().sum()) / count
+
+    def means(self) -> dict[str, float]:
+        return {name: float(torch.cat(parts).double().mean()) for name, parts in self.metrics.items()}
+
+    def finite(self) -> bool:
+        return bool(torch.isfinite(torch.cat(self.losses)).all())
+
+    def bad_rows(self) -> list[str]:
+        finite = torch.isfinite(torch.cat(self.losses)).tolist()
+        return [str(g.source) for g, ok in zip(self.groups, finite, strict=True) if not ok]
+
+
+def _non_finite(tally: _Tally, result: StepResult, groups: Sequence[CompletionGroup]) -> NonFiniteError:
+    bad = tally.bad_rows()
+    rows = bad or [str(g.source) for g in groups]
+    shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+    return NonFiniteError(
+        "The loss is not finite." if bad else "The gradient is not finite, though every row's loss is.",
+        where=("rows " if bad else "one of the step's rows: ") + shown,
+        got=f"loss {result.loss}, gradient norm {result.grad_norm}",
+        expected="finite numbers",
+        todo="No weight has moved. Look at these rows, lower --lr, or use --dtype float32; then `prefopt resume`.",
+    )

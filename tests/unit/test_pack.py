@@ -1,0 +1,82 @@
+"""The layout of a packed row, spelled out slot by slot, and how steps are split and ordered."""
+
+import numpy as np
+import pytest
+from tiny import completion, group, random_groups
+
+from prefopt.data.order import rows_of_step, split_by_prompt, steps_per_epoch
+from prefopt.data.pack import Segment, micro_batches, pack
+
+
+def test_layout_of_two_groups_slot_by_slot() -> None:
+    batch = pack(
+        [
+            group([10, 11], completion(1, 2, 3), completion(4, 5)),
+            group([20], completion(6, 7, 8, trainable=[True, False, True])),
+        ]
+    )
+    # slots                            0   1   2  3  4  5  6  7   8  9  10
+    assert batch.input_ids.tolist() == [10, 11, 1, 2, 3, 4, 5, 20, 6, 7, 8]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 2, 3, 0, 1, 2, 3]
+    assert batch.segments == (Segment(0, 5, 0, 0), Segment(5, 7, 0, 2), Segment(7, 11, 7, 7))
+    # The first token of every completion is predicted by the prompt's last slot: 1, 1 and 7.
+    assert batch.predictors.tolist() == [1, 2, 3, 1, 5, 7, 9]
+    assert batch.targets.tolist() == [1, 2, 3, 4, 5, 6, 8]
+    assert batch.sequence_of_target.tolist() == [0, 0, 0, 1, 1, 2, 2]
+    assert batch.token_counts.tolist() == [3, 2, 2]
+
+
+def test_micro_batches_hold_the_budget_and_lose_nothing() -> None:
+    groups = random_groups([(5, n, 2) for n in range(1, 30)])
+    parts = micro_batches(groups, 60)
+    assert sorted(g.source.row for part in parts for g in part) == list(range(1, 30))
+    assert all(sum(g.tokens for g in part) <= 60 for part in parts)
+    # First fit decreasing needs at most 11/9 of the fewest bins (plus one).
+    assert len(parts) <= 11 / 9 * (sum(g.tokens for g in groups) / 60) + 1
+
+
+def test_a_group_over_the_budget_stands_alone() -> None:
+    groups = random_groups([(50, 50), (2, 2), (2, 3)])
+    assert [[g.source.row for g in part] for part in micro_batches(groups, 20)] == [[1], [3, 2]]
+
+
+@pytest.mark.parametrize(("rows", "batch"), [(10, 4), (8, 4), (3, 5)])
+def test_every_row_once_an_epoch_in_an_order_of_its_own(rows: int, batch: int) -> None:
+    steps = steps_per_epoch(rows, batch)
+    epochs = [
+        [i for s in range(e * steps, (e + 1) * steps) for i in rows_of_step(s, rows=rows, batch=batch, seed=7)]
+        for e in range(4)
+    ]
+    assert all(sorted(epoch) == list(range(rows)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    again = rows_of_step(1, rows=rows, batch=batch, seed=7)
+    assert again == rows_of_step(1, rows=rows, batch=batch, seed=7)
+
+
+def test_no_prompt_on_both_sides_of_the_split() -> None:
+    groups = [group([p], completion(p, r), row=10 * p + r) for p in range(1, 21) for r in range(1, 4)]
+    train, held = split_by_prompt(groups, 0.25, seed=3)
+    sides = [{g.prompt_ids.tobytes() for g in side} for side in (train, held)]
+    assert not sides[0] & sides[1]
+    assert [len(side) for side in sides] == [15, 5]
+    assert len(train) + len(held) == len(groups)
+    assert [g.source.row for g in train] == sorted(g.source.row for g in train)
+    assert split_by_prompt(groups, 0.25, seed=4)[1] != held
+
+
+def test_nothing_is_held_out_at_share_zero() -> None:
+    groups = random_groups([(3, 2), (3, 2)])
+    assert split_by_prompt(groups, 0.0, seed=0) == (groups, [])
+
+
+def test_sequence_keys_tell_prompt_completion_and_mask_apart() -> None:
+    base = group([1, 2], completion(3, 4))
+    others = [
+        group([1], completion(2, 3, 4)),
+        group([1, 2], completion(3, 5)),
+        group([1, 2], completion(3, 4, trainable=[True, False])),
+    ]
+    keys = {g.sequence_key(0) for g in (base, *others)}
+    assert len(keys) == 4
+    assert group([1, 2], completion(9), completion(3, 4)).sequence_key(1) == base.sequence_key(0)
+    assert base.prompt_ids.dtype == np.int32
