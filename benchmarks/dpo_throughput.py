@@ -62,7 +62,8 @@ def model(dtype: torch.dtype) -> LlamaForCausalLM:
         eos_token_id=EOS,
         pad_token_id=0,
     )
-    return LlamaForCausalLM(config).to(dtype)
+    made: LlamaForCausalLM = LlamaForCausalLM(config).to(dtype)  # type: ignore[arg-type]
+    return made
 
 
 # --- prefopt: its own step, as `prefopt dpo` runs it ---------------------------------------------
@@ -140,7 +141,8 @@ def plain_padded(pairs: list[Pair], batch: int, dtype: torch.dtype) -> dict[str,
             scored[i, len(p) : len(p) + len(c)] = 1
         logits = policy(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
         picked = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-        return (picked * scored[:, 1:]).sum(1)
+        total: torch.Tensor = (picked * scored[:, 1:]).sum(1)
+        return total
 
     with torch.no_grad():
         reference = [logprobs([pair]) for pair in pairs]
@@ -188,30 +190,29 @@ def trl(pairs: list[Pair], batch: int, dtype: torch.dtype, tuned: bool) -> dict[
     from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    words = {f"t{i}": i for i in range(VOCABULARY)}
-    raw = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    # Fixed width, so that no word is part of another: special tokens are matched inside words.
+    words = {f"t{i:05}": i for i in range(VOCABULARY)}
+    raw = Tokenizer(models.WordLevel(words, unk_token="t00000"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=f"t{EOS}", pad_token="t0")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=f"t{EOS:05}", pad_token="t00000")
 
     def text(ids: list[int]) -> str:
-        return " ".join(f"t{i}" for i in ids)
+        return " ".join(f"t{i:05}" for i in ids)
 
-    # TRL splits prompt from completion by tokens of the concatenated text, and appends EOS itself.
-    data = Dataset.from_list(
-        [{"prompt": text(p) + " ", "chosen": text(c[:-1]), "rejected": text(r[:-1])} for p, c, r in pairs]
-    )
+    # TRL splits prompt from completion by tokens of the concatenated text; EOS is there already.
+    data = Dataset.from_list([{"prompt": text(p) + " ", "chosen": text(c), "rejected": text(r)} for p, c, r in pairs])
     seconds: list[float] = []
     logged: list[dict[str, float]] = []
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.began = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             seconds.append(time.perf_counter() - self.began)
 
-        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-            logged.append(logs)
+        def on_log(self, *_: Any, **now: Any) -> None:
+            logged.append(now["logs"])
 
     options: dict[str, Any] = {"precompute_ref_log_probs": True, "gradient_checkpointing": False} if tuned else {}
     with tempfile.TemporaryDirectory() as out:

@@ -1,12 +1,17 @@
 """Tiny random models and groups that tests share."""
 
+import json
+import random
+import string
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from transformers import PreTrainedModel
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from prefopt.data.group import Completion, CompletionGroup
 from prefopt.records import Source
@@ -95,3 +100,30 @@ def random_groups(lengths: Sequence[tuple[int, ...]], seed: int = 0) -> list[Com
         group(ids(prompt), *(completion(*ids(n)) for n in completions), row=row)
         for row, (prompt, *completions) in enumerate(lengths, start=1)
     ]
+
+
+def save_tiny_model(folder: Path) -> None:
+    """A tiny Llama in transformers' format whose tokenizer writes a letter a token."""
+    letters = {c: i for i, c in enumerate(["<pad>", "<eos>", *string.ascii_letters, *" .,!?'\n"])}
+    raw = Tokenizer(models.WordLevel(letters, unk_token="?"))
+    raw.pre_tokenizer = pre_tokenizers.Split(Regex("(?s)."), behavior="isolated")
+    raw.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<pad>")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        **{**_COMMON, "vocab_size": len(letters), "eos_token_id": 1, "bos_token_id": None, "tie_word_embeddings": True}
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_pairs(file: Path, rows: int) -> None:
+    """Pairs in which "good" is preferred to "bad", no two alike."""
+    rng = random.Random(0)
+    lines = []
+    for _ in range(rows):
+        word = "".join(rng.choices(string.ascii_lowercase, k=6))
+        prompt = f"How is {word}?"
+        chosen, rejected = f" It is good{'!' * rng.randint(1, 3)}", f" It is bad{'.' * rng.randint(1, 5)}"
+        lines.append(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}))
+    file.write_text("\n".join(lines) + "\n")

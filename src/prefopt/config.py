@@ -4,24 +4,89 @@ A field's description is the sentence `--help` prints. Nothing edits a configura
 parsed; the resolved copy is saved in the run folder.
 """
 
+import difflib
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from prefopt.errors import ConfigError
 
-__all__ = ["DPOConfig", "DataConfig", "SFTConfig", "TrainConfig", "parse_config"]
+__all__ = [
+    "ChatConfig",
+    "CheckConfig",
+    "DPOConfig",
+    "DataConfig",
+    "MergeConfig",
+    "QuickstartConfig",
+    "ResumeConfig",
+    "RowsConfig",
+    "SFTConfig",
+    "ScoreConfig",
+    "TrainConfig",
+    "flag_of",
+    "parse_config",
+]
 
 
-class DataConfig(BaseModel):
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and kind is not bool:  # pydantic takes true for 1
+            raise ValueError("a value that is neither true nor false (in YAML yes, no, on and off mean these, too)")
+        if isinstance(value, str) and info.field_name in ("data", "lora_targets"):
+            return (value,)
+        return value
+
+
+class QuickstartConfig(_Config):
+    """The whole story on a tiny model made on the spot."""
+
+    out: Annotated[Path, Field(description="Folder to make.")] = Path("runs/quickstart")
+    seed: Annotated[int, Field(description="Seeds everything.", ge=0)] = 0
+
+
+class ResumeConfig(_Config):
+    """An interrupted run to finish."""
+
+    run: Annotated[Path, Field(description="Run folder of an interrupted `prefopt sft` or `prefopt dpo`.")]
+
+
+class MergeConfig(_Config):
+    """A LoRA adapter to write into plain weights."""
+
+    adapter: Annotated[Path, Field(description="Adapter folder, or the run folder it was trained in.")]
+    out: Annotated[Path, Field(description="Model folder to make.")]
+
+
+class ChatConfig(_Config):
+    """A conversation at the terminal."""
+
+    model: Annotated[str, Field(description="Model folder, run folder or hub name.")]
+    system: Annotated[str | None, Field(description="What the model is told before the conversation.")] = None
+    temperature: Annotated[float, Field(description="0: always the likeliest token.", ge=0)] = 0.7
+    max_new_tokens: Annotated[int, Field(description="Length limit of an answer.", ge=1)] = 512
+    seed: Annotated[int, Field(description="Seeds sampling.", ge=0)] = 0
+    template: Annotated[
+        Literal["auto", "chat", "plain"],
+        Field(
+            description="chat: the model's chat template; plain: Human:/Assistant: text; auto: chat if there is one."
+        ),
+    ] = "auto"
+
+
+class RowsConfig(_Config):
     """Which rows, and how they become tokens."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: Annotated[str, Field(description="Model folder (transformers format, safetensors) or hub name.")]
     data: Annotated[
         tuple[str, ...],
         Field(description="Data files, dataset folders or hub names; give several to use them together.", min_length=1),
@@ -45,10 +110,6 @@ class DataConfig(BaseModel):
         int | None,
         Field(description="Where a row is too long its prompt keeps this many last tokens; default: half.", ge=1),
     ] = None
-    max_refused: Annotated[
-        float, Field(description="Stop when more than this share of the rows is refused.", ge=0, le=1)
-    ] = 0.2
-    seed: Annotated[int, Field(description="Seeds order, split, new weights and sampling.", ge=0)] = 0
 
     @model_validator(mode="after")
     def _prompt_fits(self) -> Self:
@@ -56,10 +117,39 @@ class DataConfig(BaseModel):
             raise ValueError("max_prompt_length must be below max_length, or no completion token is left")
         return self
 
+    def _changed(self, name: str) -> bool:
+        # Not `model_fields_set`: in a configuration saved with a run every field is set.
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
+
+
+class CheckConfig(RowsConfig):
+    """The data doctor: what becomes of every row, without training."""
+
+    model: Annotated[
+        str | None, Field(description="Count what this model's tokens decide, too: cut and too long rows.")
+    ] = None
+
+    @model_validator(mode="after")
+    def _tokens_need_a_model(self) -> Self:
+        for name in ("template", "max_length", "max_prompt_length"):
+            if self.model is None and name in self.model_fields_set:
+                raise ValueError(f"{name} does nothing without model")
+        return self
+
+
+class DataConfig(RowsConfig):
+    """A model, and rows for it."""
+
+    model: Annotated[str, Field(description="Model folder (transformers format, safetensors) or hub name.")]
+    max_refused: Annotated[
+        float, Field(description="Stop when more than this share of the rows is refused.", ge=0, le=1)
+    ] = 0.2
+
 
 class TrainConfig(DataConfig):
     """What every training recipe shares."""
 
+    seed: Annotated[int, Field(description="Seeds order, split, new weights and sampling.", ge=0)] = 0
     out: Annotated[Path, Field(description="Run folder to make.")]
     epochs: Annotated[int, Field(description="Passes over the training rows.", ge=1)] = 1
     max_steps: Annotated[int | None, Field(description="Stop after this many optimiser steps.", ge=1)] = None
@@ -108,7 +198,7 @@ class TrainConfig(DataConfig):
             raise ValueError("weight_decay does nothing with optimizer rmsprop; use adamw or leave it out")
         if self.eval_every and not self.eval_share:
             raise ValueError("eval_every does nothing with eval_share 0")
-        if "sample_tokens" in self.model_fields_set and not self.samples:
+        if self._changed("sample_tokens") and not self.samples:
             raise ValueError("sample_tokens does nothing with samples 0")
         return self
 
@@ -139,12 +229,176 @@ class DPOConfig(TrainConfig):
         int, Field(description="Held-out pairs on which the exact KL to the reference is measured.", ge=0)
     ] = 32
 
+    @model_validator(mode="after")
+    def _kl_needs_held_out_pairs(self) -> Self:
+        if self.kl_rows and self._changed("kl_rows") and not self.eval_share:
+            raise ValueError("kl_rows does nothing with eval_share 0")
+        return self
+
+
+class ScoreConfig(DataConfig):
+    """Log-probabilities of completions, and implicit rewards against a reference."""
+
+    out: Annotated[Path, Field(description="File of JSON lines to write.")]
+    reference: Annotated[str | None, Field(description="Reference model folder; adds rewards.")] = None
+    beta: Annotated[float | None, Field(description="Rewards are beta * log-ratio; default: 1.", gt=0)] = None
+    tokens_per_batch: Annotated[int, Field(description="Token budget of a forward pass.", ge=64)] = 8192
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"], Field(description="Arithmetic; auto: bfloat16 on CUDA, else float32.")
+    ] = "auto"
+
+    @model_validator(mode="after")
+    def _beta_has_effect(self) -> Self:
+        if self.beta is not None and self.reference is None:
+            raise ValueError("beta does nothing without reference")
+        return self
+
+
+C = TypeVar("C", bound=BaseModel)
+
+
+def flag_of(name: str) -> str:
+    """The flag that sets a field."""
+    return "--" + name.replace("_", "-")
+
 
 def parse_config(kind: type[C], file: Path | None, flags: Mapping[str, Any]) -> C:
     """A configuration from a YAML file and flags; flags win.
 
+    Args:
+        flags: The flags given, by field name; None means not given.
+
     Raises:
-        ConfigError: unreadable file, unknown or missing key, value out of bounds, option without
-            effect; names the file's key or the flag.
+        ConfigError: unreadable file, unknown, repeated or missing key, value out of bounds, option
+            without effect; names the file's line and key, or the flag.
     """
-    raise NotImplementedError
+    given = _Given(kind, file, {name: value for name, value in flags.items() if value is not None})
+    if file is not None:
+        given.read(file)
+    for name in (*given.flags, *given.keys):
+        if name not in kind.model_fields:
+            raise given.unknown(name)
+    try:
+        return kind.model_validate({**given.keys, **given.flags})
+    except ValidationError as error:
+        raise given.explain(error.errors()) from None
+
+
+@dataclass
+class _Given:
+    """What the user wrote, and where: so that a complaint can point at it."""
+
+    kind: type[BaseModel]
+    file: Path | None
+    flags: dict[str, Any]
+    keys: dict[str, Any] = field(default_factory=dict)
+    lines: dict[str, int] = field(default_factory=dict)
+
+    def read(self, file: Path) -> None:
+        """Keys, values and lines of the YAML file."""
+        try:
+            node = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+            values = None if node is None else yaml.SafeLoader("").construct_document(node)
+        except OSError as error:
+            raise ConfigError(
+                "The configuration file cannot be read.", where=str(file), got=str(error.strerror)
+            ) from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            mark = getattr(error, "problem_mark", None)
+            raise ConfigError(
+                "The configuration file is no YAML.",
+                where=f"{file}:{mark.line + 1}" if mark else str(file),
+                got=str(getattr(error, "problem", None) or error),
+                expected="lines such as `beta: 0.1`",
+            ) from error
+        if not isinstance(node, yaml.MappingNode) or not isinstance(values, dict):
+            raise ConfigError(
+                "The configuration file holds no keys.", where=str(file), expected="lines such as `beta: 0.1`"
+            )
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in self.lines:
+                raise ConfigError(
+                    f"The key {name!r} stands twice.",
+                    where=f"{file}:{line}",
+                    got=f"{name} on lines {self.lines[name]} and {line}",
+                    expected="every key once",
+                    todo="Delete one of them.",
+                )
+            self.lines[name] = line
+        self.keys = {str(name): value for name, value in values.items()}
+
+    def place(self, name: str) -> str:
+        """Where `name` was given: flag, or file, line and key."""
+        if name in self.flags:
+            return f"flag {flag_of(name)}"
+        if name in self.lines:
+            return f"{self.file}:{self.lines[name]} key {name}"
+        return str(self.file or "command line")
+
+    def unknown(self, name: str) -> ConfigError:
+        """A key that is none of ours."""
+        known = sorted(self.kind.model_fields)
+        near = difflib.get_close_matches(name.replace("-", "_").lower(), known, n=1)
+        others = [k.__name__.removesuffix("Config").lower() for k in (SFTConfig, DPOConfig) if name in k.model_fields]
+        todo = f"Did you mean {near[0]}?" if near else None
+        return ConfigError(
+            f"There is no setting {name!r} here.",
+            where=self.place(name),
+            got=name,
+            expected="one of " + ", ".join(known),
+            todo=f"It is a setting of {others[0]}: delete it here." if others else todo,
+        )
+
+    def explain(self, errors: list[ErrorDetails]) -> ConfigError:
+        """Pydantic's first complaint in our form; everything missing at once."""
+        missing = [str(e["loc"][0]) for e in errors if e["type"] == "missing"]
+        if missing:
+            wanted = "; ".join(f"{name}: {self.kind.model_fields[name].description}" for name in missing)
+            return ConfigError(
+                f"{'Settings are' if len(missing) > 1 else 'A setting is'} missing: {', '.join(missing)}.",
+                where=str(self.file or "command line"),
+                expected=wanted,
+                todo=f"Give {' '.join(map(flag_of, missing))}, or the same names as keys of a --config file.",
+            )
+        first = errors[0]
+        message = first["msg"].removeprefix("Value error, ")
+        if first["loc"]:
+            name = str(first["loc"][0])
+            return ConfigError(
+                f"{name} is not right.",
+                where=self.place(name),
+                got=_shown({**self.keys, **self.flags}[name]),
+                expected=_expected(first, message),
+            )
+        # Options without effect: the sentence names the settings, the one to complain of first.
+        named = [n for n in re.findall(r"[a-z_]+", message) if n in self.flags or n in self.lines]
+        return ConfigError(
+            message[0].upper() + message[1:] + ".",
+            where=self.place(named[0]) if named else self.place(""),
+            got=", ".join(f"{n} {_shown({**self.keys, **self.flags}[n])}" for n in named) or None,
+        )
+
+
+_WORDS = {
+    "bool": "true or false",
+    "dict": "column names, each with the name it has in the data",
+    "float": "a number",
+    "int": "a whole number",
+    "path": "a path",
+    "string": "text",
+    "tuple": "a list",
+}
+
+
+def _expected(error: ErrorDetails, message: str) -> str:
+    """What would have been right, in a person's words."""
+    kind, _, failure = error["type"].partition("_")
+    if kind in _WORDS and failure in ("type", "parsing", "from_float", "unicode"):
+        return _WORDS[kind]
+    return message.removeprefix("Input should be ").removeprefix("Tuple should have ").replace("'", "")
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= 200 else text[:200] + "..."

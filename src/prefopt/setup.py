@@ -21,11 +21,23 @@ from prefopt.data.tokenize import Renderer, tokenize
 from prefopt.errors import ConfigError, DataError
 from prefopt.model.load import LoadedModel, eos_ids, load_model, max_positions
 from prefopt.model.logprobs import PathChoice, choose_path
-from prefopt.progress import say
+from prefopt.progress import say, warn
 from prefopt.records import Record
 from prefopt.run import RunFolder, check_manifest, file_sha256
+from prefopt.train.health import Health
 
-__all__ = ["Rows", "begin_run", "check_path", "device_and_dtype", "load", "manifest", "read_groups", "split_rows"]
+__all__ = [
+    "Rows",
+    "begin_health",
+    "begin_run",
+    "check_path",
+    "device_and_dtype",
+    "length_limit",
+    "load",
+    "manifest",
+    "read_groups",
+    "split_rows",
+]
 
 _CHECK_TOKENS = 2048  # rows of the first batch that are also scored by transformers itself
 
@@ -50,7 +62,7 @@ def device_and_dtype(dtype: Literal["auto", "float32", "bfloat16"]) -> tuple[tor
 def load(config: DataConfig, dtype: torch.dtype, device: torch.device) -> tuple[LoadedModel, Renderer]:
     """The starting model and the one that turns its conversations into tokens."""
     loaded = load_model(config.model, dtype=dtype, device=device)
-    renderer = Renderer(loaded.tokenizer, template=config.template, eos_ids=eos_ids(loaded.model, loaded.tokenizer))
+    renderer = Renderer(loaded.tokenizer, template=config.template, eos_ids=eos_ids(config.model, loaded.tokenizer))
     parameters = sum(p.numel() for p in loaded.model.parameters())
     say(f"model: {config.model} ({type(loaded.model).__name__}, {parameters:,} parameters, {dtype}, {device})")
     say(f"conversations: {renderer.description}")
@@ -71,7 +83,7 @@ def read_groups(
     audit = Audit()
     records = read_records(config.data, audit=audit, columns=config.columns, split=config.split)
     say(f"data: {audit.format}")
-    limit = _max_length(config, model)
+    limit = length_limit(config.max_length, max_positions(model.config))
     groups = tokenize(
         select(records),
         renderer,
@@ -107,19 +119,19 @@ def split_rows(config: TrainConfig, groups: list[CompletionGroup], audit: Audit)
     return Rows(train, held_out, audit)
 
 
-def _max_length(config: DataConfig, model: PreTrainedModel) -> int:
-    positions = max_positions(model)
-    if config.max_length is None:
+def length_limit(max_length: int | None, positions: int | None) -> int:
+    """Tokens of prompt plus completion: what is asked for, or 1024, within what the model holds."""
+    if max_length is None:
         return min(1024, positions or 1024)
-    if positions is not None and config.max_length > positions:
+    if positions is not None and max_length > positions:
         raise ConfigError(
             "max_length is more than the model holds.",
             where="max_length",
-            got=str(config.max_length),
+            got=str(max_length),
             expected=f"at most {positions}, the model's positions",
             todo=f"Use --max-length {positions} or less.",
         )
-    return config.max_length
+    return max_length
 
 
 def manifest(config: DataConfig, loaded: LoadedModel) -> dict[str, Any]:
@@ -161,6 +173,15 @@ def begin_run(
     (run.path / "audit.json").write_text(json.dumps(counts, indent=2) + "\n")
     run.event("started", step=0, recipe=recipe)
     return run
+
+
+def begin_health(run: RunFolder, rows: Rows, beta: float | None) -> Health:
+    """What watches the metrics; speaks at once if many rows were cut."""
+    health = Health(beta=beta)
+    for warning in health.note_cut(rows.audit.reasons.get("completion_cut", 0), rows.audit.rows):
+        warn(warning.sentence)
+        run.event("warned", step=0, kind=warning.kind, sentence=warning.sentence)
+    return health
 
 
 def check_path(model: torch.nn.Module, groups: Sequence[CompletionGroup], device: torch.device) -> PathChoice:

@@ -4,13 +4,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, UNSHARABLE, completion, group, model_of, random_groups
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefopt.data.group import CompletionGroup
 from prefopt.data.pack import pack
 from prefopt.model.logprobs import Path, choose_path, plain_attention, sequence_logprob_sum
+from tiny import ARCHITECTURES, UNSHARABLE, completion, group, model_of, random_groups
 
 # Prompts longer and shorter than the windows, one-token prompts and completions, K = 1, 2 and 3,
 # and a completion in which only some tokens are trained on.
@@ -52,7 +52,7 @@ def test_values_and_gradients_equal_transformers(architecture: str, path: Path) 
     torch.testing.assert_close(ours, truth, atol=1e-4, rtol=1e-5)
     assert our_grads.keys() == true_grads.keys()
     for name, grad in true_grads.items():
-        torch.testing.assert_close(our_grads[name], grad, atol=1e-4, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(our_grads[name], grad, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

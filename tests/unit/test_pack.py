@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from tiny import completion, group, random_groups
 
 from prefopt.data.order import rows_of_step, split_by_prompt, steps_per_epoch
 from prefopt.data.pack import Segment, micro_batches, pack
+from tiny import completion, group, random_groups
 
 
 def test_layout_of_two_groups_slot_by_slot() -> None:

@@ -7,27 +7,18 @@ generation prompt included; a reply is what the model then has to write, up to i
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
+from prefopt.data.audit import Refusal
 from prefopt.errors import ModelError
 from prefopt.records import Message
 
-__all__ = ["ChatWriter", "Opening", "Piece", "PlainWriter", "Refusal", "Reply", "Writer", "pieces", "special_tokens"]
+__all__ = ["ChatWriter", "Opening", "Piece", "PlainWriter", "Reply", "Writer", "pieces", "special_tokens"]
 
 _SENTINEL = "prefoptSentinelReply7f3a"
 _HEADERS = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "tool": "\n\nTool: "}
-
-
-class Refusal(Exception):
-    """A row that cannot become tokens; `reason` is counted, `detail` is shown."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        self.reason = reason
-        self.detail = detail
-        super().__init__(f"{reason}: {detail}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,22 +54,6 @@ class Piece:
     close: bool
 
 
-class Writer(Protocol):
-    """Writes conversations as text."""
-
-    def opening(self, messages: Sequence[Message]) -> Opening:
-        """The conversation up to where the assistant writes.
-
-        Raises:
-            Refusal: the template does not take this conversation.
-        """
-        ...
-
-    def reply(self, opening: Opening, messages: Sequence[Message], content: str) -> Reply:
-        """What the model writes behind `opening` (of the same `messages`) to say `content`."""
-        ...
-
-
 class PlainWriter:
     """The Human:/Assistant: text of the HH dialogues, system text first."""
 
@@ -93,7 +68,7 @@ class PlainWriter:
 
 
 class ChatWriter:
-    """The tokenizer's own chat template.
+    """The tokenizer's own chat template; `end_of_turn` is the token that closes a reply, if there is one.
 
     Raises:
         ModelError: the template cannot be read.
@@ -112,7 +87,7 @@ class ChatWriter:
             self._has_generation_prompt = self._render(user, True) != self._render(user, False)
             opening = self.opening(user)
         except Refusal as refusal:
-            if tokenizer.chat_template and refusal.reason != "template_refused":
+            if refusal.reason != "template_refused":
                 raise ModelError(
                     "The model's chat template cannot be used.",
                     where=f"chat_template of {tokenizer.name_or_path or 'the tokenizer'}",
@@ -131,14 +106,17 @@ class ChatWriter:
         try:
             text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation_prompt)
         except TemplateError as error:
-            unreadable = type(error).__name__ in ("TemplateSyntaxError", "TemplateAssertionError")
-            reason = "template_unreadable" if unreadable else "template_refused"
+            reason = "template_unreadable" if isinstance(error, TemplateSyntaxError) else "template_refused"
             raise Refusal(reason, f"the chat template says: {error}") from error
         assert isinstance(text, str)
         return text
 
     def opening(self, messages: Sequence[Message]) -> Opening:
-        """The prompt as inference renders it, and what the template writes around a reply to it."""
+        """The prompt as inference renders it, and what the template writes around a reply to it.
+
+        Raises:
+            Refusal: the template does not take this conversation.
+        """
         prompt = self._render(messages, True)
         whole = self._render((*messages, Message("assistant", _SENTINEL)), False)
         before, found, after = whole.rpartition(_SENTINEL)
@@ -157,9 +135,12 @@ class ChatWriter:
         return Opening(prompt, before, after, head, tail, closed=end is not None)
 
     def reply(self, opening: Opening, messages: Sequence[Message], content: str) -> Reply:
-        """Content as the template writes it, with the head and tail of `opening`."""
+        """Content as the template writes it behind `opening` (of the same `messages`), head and tail included."""
         whole = self._render((*messages, Message("assistant", content)), False)
         return Reply(_written(opening, whole, content) + opening.tail, opening.closed)
+
+
+Writer = PlainWriter | ChatWriter
 
 
 def _written(opening: Opening, whole: str, content: str) -> str:

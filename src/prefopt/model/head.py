@@ -72,7 +72,9 @@ def target_logprobs(
     head: Head, hidden: Float[Tensor, "targets hidden"], targets: Int[Tensor, " targets"]
 ) -> Float[Tensor, " targets"]:
     """log softmax(logits)[target] for each target, float32; differentiable in hidden, weight and bias."""
-    result: Tensor = _TargetLogprobs.apply(hidden, head.weight, head.bias, targets, head.scale, head.softcap)
+    result: Tensor = _TargetLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden, head.weight, head.bias, targets, head.scale, head.softcap
+    )
     return result
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -39,7 +40,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 def plain_model(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model itself: under peft, the base with its adapter layers in place."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(inner, PreTrainedModel)
     return inner
 

@@ -17,8 +17,7 @@ from prefopt.model.reference import ReferenceCache, cache_folder, reference_logp
 from prefopt.outcome import Sampler, finish
 from prefopt.records import Comparison, Record
 from prefopt.run import RunFolder
-from prefopt.setup import Rows, begin_run, check_path, device_and_dtype, load, manifest, read_groups, split_rows
-from prefopt.train.health import Health
+from prefopt.setup import begin_health, begin_run, check_path, device_and_dtype, load, manifest, read_groups, split_rows
 from prefopt.train.loop import Objective, fit, total_steps
 from prefopt.train.step import evaluate_loss
 
@@ -41,14 +40,17 @@ def train(config: DPOConfig, resumed: RunFolder | None = None) -> RunFolder:
     run = begin_run(config, "dpo", rows, {**manifest(config, loaded), "reference": reference.fingerprint}, resumed)
 
     path = check_path(loaded.model, rows.train, device)
-    run.event("path", step=0, path=path.path, reason=path.reason, max_difference=path.max_difference)
+    if resumed is None:
+        run.event("path", step=0, path=path.path, reason=path.reason, max_difference=path.max_difference)
     logps = _score_reference(config, reference, groups, path, dtype, device)
     kl_batches, kl_states = _kl_states(config, reference, rows.held_out, path, device)
     del reference  # not in memory while training
     sampler = Sampler.over(config, renderer, rows.held_out or rows.train)
-    before = sampler.complete(loaded.model, "samples before")
+    before = sampler.complete(loaded.model)
 
     policy = make_policy(loaded.model, config)
+
+    health = begin_health(run, rows, config.beta)
 
     def loss_of(batch: PackedBatch) -> LossTotal:
         sums = sequence_logprob_sum(policy, batch, path.path)
@@ -71,7 +73,7 @@ def train(config: DPOConfig, resumed: RunFolder | None = None) -> RunFolder:
         if kl_states is not None:
             kl = sequence_kl_sum(policy, kl_states, kl_batches, path.path)
             metrics["kl"] = float(kl.double().mean())
-        return {**metrics, "pairs": len(rows.held_out)}
+        return {**metrics, **sampler.length(policy), "pairs": len(rows.held_out)}
 
     fit(
         run,
@@ -88,7 +90,7 @@ def train(config: DPOConfig, resumed: RunFolder | None = None) -> RunFolder:
         ),
         policy,
         rows.train,
-        Health(),
+        health,
         device,
     )
     finish(run, loaded, policy, sampler, before, total_steps(config, len(rows.train), config.batch_pairs))

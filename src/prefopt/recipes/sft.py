@@ -13,8 +13,7 @@ from prefopt.outcome import Sampler, finish
 from prefopt.progress import say
 from prefopt.records import Comparison, Demonstration, Rating, Record
 from prefopt.run import RunFolder
-from prefopt.setup import begin_run, check_path, device_and_dtype, load, manifest, read_groups, split_rows
-from prefopt.train.health import Health
+from prefopt.setup import begin_health, begin_run, check_path, device_and_dtype, load, manifest, read_groups, split_rows
 from prefopt.train.loop import Objective, fit, total_steps
 from prefopt.train.step import evaluate_loss
 
@@ -38,10 +37,13 @@ def train(config: SFTConfig, resumed: RunFolder | None = None) -> RunFolder:
     run = begin_run(config, "sft", rows, manifest(config, loaded), resumed)
 
     path = check_path(loaded.model, rows.train, device)
-    run.event("path", step=0, path=path.path, reason=path.reason, max_difference=path.max_difference)
+    if resumed is None:
+        run.event("path", step=0, path=path.path, reason=path.reason, max_difference=path.max_difference)
     sampler = Sampler.over(config, renderer, rows.held_out or rows.train)
-    before = sampler.complete(loaded.model, "samples before")
+    before = sampler.complete(loaded.model)
     policy = make_policy(loaded.model, config)
+
+    health = begin_health(run, rows, None)
 
     def loss_of(batch: PackedBatch) -> LossTotal:
         sums = sequence_logprob_sum(policy, batch, path.path)
@@ -53,7 +55,7 @@ def train(config: SFTConfig, resumed: RunFolder | None = None) -> RunFolder:
         metrics = evaluate_loss(
             rows.held_out, loss_of, _tokens, tokens_per_batch=config.tokens_per_batch, device=device
         )
-        return {**metrics, "rows": len(rows.held_out)}
+        return {**metrics, **sampler.length(policy), "rows": len(rows.held_out)}
 
     fit(
         run,
@@ -70,7 +72,7 @@ def train(config: SFTConfig, resumed: RunFolder | None = None) -> RunFolder:
         ),
         policy,
         rows.train,
-        Health(),
+        health,
         device,
     )
     finish(run, loaded, policy, sampler, before, total_steps(config, len(rows.train), config.batch_rows))

@@ -108,6 +108,10 @@ def fit(
     optimizer = make_optimizer(config.optimizer, masters.parameters, lr=objective.lr, weight_decay=config.weight_decay)
     state = _State(run, config, policy, masters, optimizer)
     start = state.restore()
+    if start or run.metrics():
+        run.rewind(start)
+        run.event("resumed", step=start)
+        say(f"resumed at step {start} of {steps}")
     evaluations = _marks(steps, config.eval_every) | {0}
     saves = _marks(steps, config.save_every)
     with _Interruption() as interruption, progress(objective.label, total=steps, unit="steps") as bar:

@@ -1,0 +1,5 @@
+"""`python -m prefopt` is `prefopt`."""
+
+from prefopt.cli import main
+
+main()

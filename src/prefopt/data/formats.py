@@ -1,0 +1,356 @@
+"""Rows of any known layout -> records. The layout is recognised row by row.
+
+Preference pairs have `chosen` and `rejected`, unpaired rows a `label`, all others are
+demonstrations. Content is text or a conversation; where one side of a row is a conversation, so is
+the other. Null counts as absent.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prefopt.data.audit import Refusal
+from prefopt.data.turns import (
+    Mends,
+    check_order,
+    clean,
+    common_history,
+    is_transcript,
+    kind_of,
+    messages,
+    shared_beginning,
+    transcript_turns,
+    transcripts,
+)
+from prefopt.records import Comparison, Content, Demonstration, Message, Rating, Record, Source
+
+__all__ = ["COLUMNS", "RECOGNISED", "Parsed", "parse_row"]
+
+# Our names, which a column mapping may give to other columns.
+COLUMNS = ("prompt", "chosen", "rejected", "completion", "text", "messages", "label", "weight", "system")
+RECOGNISED = frozenset((*COLUMNS, "conversations", "instruction", "input", "output", "history"))
+
+# Columns that hold the prompt in other people's files. Taking the common beginning of chosen and
+# rejected for the prompt would silently drop them.
+_MAYBE_PROMPTS = ("question", "query", "input", "instruction", "context", "user", "problem")
+
+_EXPECTED = "expected chosen and rejected, prompt and completion, messages, instruction and output, or text"
+_TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """A row as a record, or why it is refused.
+
+    `layout` is None where it was not recognised; `mends` are the reasons for which text was changed,
+    `used` the columns that were looked into.
+    """
+
+    layout: str | None
+    record: Record | None
+    refusal: Refusal | None
+    mends: tuple[str, ...]
+    used: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Sides:
+    """A prompt and its completions, all text or all conversations."""
+
+    prompt: Content
+    completions: tuple[Content, ...]
+
+
+class _Row:
+    """Columns of one row that hold something."""
+
+    def __init__(self, values: Any) -> None:
+        self.layout: str | None = None
+        self.mends: Mends = []
+        self.used: list[str] = []
+        if isinstance(values, str):  # a JSON array of texts
+            values = {"text": values}
+        self._values: dict[str, Any] = values if isinstance(values, dict) else {}
+        self.is_object = isinstance(values, dict)
+
+    def __contains__(self, name: str) -> bool:
+        return self._values.get(name) is not None
+
+    def __getitem__(self, name: str) -> Any:
+        self.used.append(name)
+        return self._values[name]
+
+    def get(self, name: str, default: Any) -> Any:
+        """What a column holds, or `default`."""
+        if name not in self:
+            return default
+        return self[name]
+
+    def text(self, name: str) -> str:
+        """The text in a column; "" where there is none."""
+        value = self.get(name, "")
+        if not isinstance(value, str):
+            raise Refusal("wrong_type", f"{name} is {kind_of(value)}, not text")
+        return clean(value, self.mends)
+
+    def content(self, value: Any, name: str) -> Content:
+        """Text or messages."""
+        if isinstance(value, str):
+            return clean(value, self.mends)
+        if not isinstance(value, (list, dict)):
+            raise Refusal("wrong_type", f"{name} is {kind_of(value)}, not text or messages")
+        return messages(value, name, self.mends)
+
+    def turns(self, name: str) -> tuple[Message, ...]:
+        """The messages in a column."""
+        return messages(self[name], name, self.mends)
+
+    def require(self, *names: str) -> None:
+        """Refuse a row that lacks one of these columns."""
+        missing = [name for name in names if name not in self]
+        if missing:
+            raise Refusal("missing_columns", f"no {' and '.join(missing)}; the row has {self.columns()}")
+
+    def columns(self) -> str:
+        """The row's columns, for people."""
+        names = [repr(n) for n in self._values if n in self]
+        return (", ".join(names[:8]) + (", ..." if len(names) > 8 else "")) or "no column"
+
+    @property
+    def weight(self) -> float:
+        """The row's weight, 1 by default."""
+        if "weight" not in self:
+            return 1.0
+        value = self["weight"]
+        try:
+            weight = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
+        except (ValueError, OverflowError):
+            weight = math.nan
+        if not (math.isfinite(weight) and weight >= 0):
+            raise Refusal("wrong_type", f"weight is {value!r:.40}, not a number of at least 0")
+        return weight
+
+    @property
+    def label(self) -> bool:
+        """The row's label as true or false."""
+        value = self["label"]
+        found = _TRUTH.get(str(value).strip().lower())
+        if found is None:
+            raise Refusal("wrong_type", f"label is {value!r:.40}, not true or false")
+        return found
+
+
+def parse_row(values: Any, source: Source) -> Parsed:
+    """A record from one row, given under our column names."""
+    row = _Row(values)
+    record = refusal = None
+    try:
+        if not row.is_object:
+            raise Refusal("wrong_type", f"the row is {kind_of(values)}, not an object with columns")
+        record = _record(row, source)
+    except Refusal as error:
+        refusal = error
+    return Parsed(row.layout, record, refusal, tuple(dict.fromkeys(row.mends)), tuple(row.used))
+
+
+def _record(row: _Row, source: Source) -> Record:
+    two_outputs = "instruction" in row and "output" in row and isinstance(row["output"], list)
+    if "chosen" in row or "rejected" in row or two_outputs:
+        sides = _two_outputs(row) if two_outputs and "chosen" not in row else _pair(row)
+        sides = _with_system(row, sides)
+        _check(sides)
+        return Comparison(sides.prompt, sides.completions[0], sides.completions[1], source, row.weight)
+    rated = "label" in row and any(name in row for name in ("completion", "messages", "conversations", "output"))
+    sides = _with_system(row, _single(row, rated))
+    _check(sides, ends=rated)
+    if rated:
+        return Rating(sides.prompt, sides.completions[0], row.label, source)
+    return Demonstration(sides.prompt, sides.completions[0], source, row.weight)
+
+
+def _pair(row: _Row) -> _Sides:
+    """Prompt, chosen and rejected of a row that has the latter two."""
+    row.layout = "preference pairs"
+    row.require("chosen", "rejected")
+    both = [row.content(row[name], name) for name in ("chosen", "rejected")]
+    if "prompt" in row and row["prompt"] not in ("", []):
+        return _explicit(row, row.content(row["prompt"], "prompt"), both, "preference pairs", "chosen, rejected")
+    for name in ("conversations", "messages"):
+        if name in row:
+            history = row.turns(name)
+            row.layout = f"preference pairs ({name} with chosen and rejected)"
+            if history and history[-1].role == "assistant" and all(_is_whole(side) for side in both):
+                return _implicit(row, both)  # a copy of the whole conversation
+            return _answers(history, both)
+    if "instruction" in row:
+        row.layout = "preference pairs (alpaca columns with chosen and rejected)"
+        return _answers(_alpaca_prompt(row), both)
+    if "prompt" in row and not any(isinstance(s, str) and is_transcript(s) or _is_whole(s) for s in both):
+        return _explicit(row, row.content(row["prompt"], "prompt"), both, "preference pairs", "chosen, rejected")
+    return _implicit(row, both)
+
+
+def _implicit(row: _Row, both: Sequence[Content]) -> _Sides:
+    """The prompt is what two whole conversations or texts begin with."""
+    chosen, rejected = both
+    name = "preference pairs with an implicit prompt"
+    if isinstance(chosen, tuple) and isinstance(rejected, tuple):
+        row.layout = f"{name} (message lists)"
+        if not (chosen and rejected):
+            raise Refusal("empty_completion", "chosen or rejected has no message")
+        prompt, *rests = common_history(chosen, rejected)
+        return _Sides(prompt, tuple(rests))
+    if not (isinstance(chosen, str) and isinstance(rejected, str)):
+        raise Refusal("wrong_type", "one of chosen and rejected is text, the other messages, and there is no prompt")
+    if is_transcript(chosen) or is_transcript(rejected):
+        row.layout = f"{name} (transcripts with Human:/Assistant: turns)"
+        if not (is_transcript(chosen) and is_transcript(rejected)):
+            raise Refusal("prompts_differ", "one of chosen and rejected is a transcript, the other is not")
+        turns, *replies = transcripts(chosen, rejected)
+        return _Sides(turns, tuple(replies))
+    row.layout = f"{name} (the beginning that two texts share)"
+    if maybe := [n for n in _MAYBE_PROMPTS if n in row]:
+        raise Refusal("missing_columns", f"no prompt; if it is {maybe[0]!r}, say so: --columns prompt={maybe[0]}")
+    start = "" if chosen == rejected else shared_beginning(chosen, rejected)
+    return _Sides(start, (chosen[len(start) :], rejected[len(start) :]))
+
+
+def _explicit(row: _Row, prompt: Content, completions: Sequence[Content], kind: str, names: str) -> _Sides:
+    """A prompt column; completions may be text, messages, or whole conversations that begin with it."""
+    if isinstance(prompt, str) and all(isinstance(c, str) for c in completions):
+        row.layout = f"{kind} of text (prompt, {names})"
+        texts = [c for c in completions if isinstance(c, str)]
+        turns = _transcript_prompt(prompt) if is_transcript(prompt) else None
+        if turns is None:
+            return _Sides(prompt, tuple(texts))
+        row.layout = f"{kind} (prompt with Human:/Assistant: turns, {names})"
+        if all(t.startswith(prompt) for t in texts):
+            texts = [t[len(prompt) :] for t in texts]
+        replies = [t.removeprefix("\n\nAssistant:").removeprefix(" ") for t in texts]
+        return _Sides(turns, tuple((Message("assistant", r),) for r in replies))
+    row.layout = f"{kind} of messages (prompt, {names})"
+    if not all(_is_whole(c) for c in completions):
+        return _answers((Message("user", prompt),) if isinstance(prompt, str) else prompt, completions)
+    row.layout = f"{kind} ({names} as whole message lists that begin with the prompt)"
+    whole = [c for c in completions if isinstance(c, tuple)]
+    if isinstance(prompt, tuple):
+        if any(c[: len(prompt)] != prompt for c in whole):
+            raise Refusal("prompts_differ", "a message list does not begin with the prompt's messages")
+        return _Sides(prompt, tuple(c[len(prompt) :] for c in whole))
+    if any(all(m.role != "user" or m.content.strip() != prompt.strip() for m in c) for c in whole):
+        raise Refusal("prompts_differ", "the prompt column is no user turn of the message lists")
+    if len(whole) == 1:
+        return _from_first_reply(whole[0])
+    start, *rests = common_history(whole[0], whole[1])
+    return _Sides(start, tuple(rests))
+
+
+def _is_whole(content: Content) -> bool:
+    """Whether these messages bring their own prompt along."""
+    return isinstance(content, tuple) and len(content) > 0 and content[0].role in ("user", "system")
+
+
+def _transcript_prompt(text: str) -> tuple[Message, ...] | None:
+    """Turns of a transcript that waits for a reply; None where the reply has begun."""
+    turns = transcript_turns(text)
+    if turns[-1].role == "assistant":
+        return None if turns[-1].content.strip() else turns[:-1]
+    return turns
+
+
+def _answers(history: tuple[Message, ...], completions: Sequence[Content]) -> _Sides:
+    """A conversation and the assistant's answers to it."""
+    return _Sides(history, tuple((Message("assistant", c),) if isinstance(c, str) else c for c in completions))
+
+
+def _alpaca_prompt(row: _Row) -> tuple[Message, ...]:
+    """`history`, then `instruction` and `input` (joined by a line break) as the user's turn."""
+    turns: list[Message] = []
+    history = row.get("history", [])
+    if not isinstance(history, list):
+        raise Refusal("wrong_type", f"history is {kind_of(history)}, not a list")
+    for i, exchange in enumerate(history):
+        if not (isinstance(exchange, list) and len(exchange) == 2 and all(isinstance(t, str) for t in exchange)):
+            raise Refusal("wrong_type", f"history[{i}] is not a question and its answer")
+        question, answer = (clean(t, row.mends) for t in exchange)
+        turns += [Message("user", question), Message("assistant", answer)]
+    text = "\n".join(t for t in (row.text("instruction"), row.text("input")) if t)
+    if not text:
+        raise Refusal("no_user_turn", "instruction and input are empty")
+    return (*turns, Message("user", text))
+
+
+def _two_outputs(row: _Row) -> _Sides:
+    row.layout = "preference pairs (alpaca columns, output holds the better and the worse answer)"
+    outputs = row["output"]
+    if len(outputs) != 2 or not all(isinstance(o, str) for o in outputs):
+        raise Refusal("wrong_type", "output is a list, but not of two texts")
+    return _answers(_alpaca_prompt(row), [clean(o, row.mends) for o in outputs])
+
+
+def _single(row: _Row, rated: bool) -> _Sides:
+    """Prompt and completion of a row that compares nothing."""
+    kind, label = ("unpaired rows", ", label") if rated else ("demonstrations", "")
+    if "completion" in row:
+        row.layout = f"{kind} (prompt, completion{label})"
+        row.require("prompt")
+        prompt, completion = (row.content(row[name], name) for name in ("prompt", "completion"))
+        return _explicit(row, prompt, [completion], kind, f"completion{label}")
+    for name in ("messages", "conversations"):
+        if name in row:
+            row.layout = f"{kind} ({name}{label})"
+            turns = row.turns(name)
+            return _from_last_reply(turns) if rated else _from_first_reply(turns)
+    if "instruction" in row:
+        row.layout = f"{kind} (alpaca columns{label})"
+        row.require("output")
+        return _answers(_alpaca_prompt(row), [row.text("output")])
+    if "text" in row:
+        row.layout = "demonstrations (text)"
+        return _Sides("", (row.text("text"),))
+    raise Refusal("missing_columns", f"the row has {row.columns()}; {_EXPECTED}")
+
+
+def _from_first_reply(turns: tuple[Message, ...]) -> _Sides:
+    """A demonstration is all from the assistant's first turn on."""
+    first = next((i for i, m in enumerate(turns) if m.role == "assistant"), None)
+    if first is None:
+        raise Refusal("no_assistant_turn", f"none of the {len(turns)} turns is the assistant's")
+    return _Sides(turns[:first], (turns[first:],))
+
+
+def _from_last_reply(turns: tuple[Message, ...]) -> _Sides:
+    """A label judges the last turn."""
+    if not any(m.role == "assistant" for m in turns):
+        raise Refusal("no_assistant_turn", f"none of the {len(turns)} turns is the assistant's")
+    return _Sides(turns[:-1], (turns[-1:],))
+
+
+def _with_system(row: _Row, sides: _Sides) -> _Sides:
+    """The sides with the `system` column as their first message."""
+    system = row.text("system")
+    if not system:
+        return sides
+    prompt, completions = sides.prompt, sides.completions
+    if isinstance(prompt, str):
+        if not prompt:
+            raise Refusal("no_user_turn", "a system text, but no prompt")
+        prompt = (Message("user", prompt),)
+        completions = tuple((Message("assistant", c),) if isinstance(c, str) else c for c in completions)
+    first = Message("system", system)
+    return _Sides(prompt if prompt[:1] == (first,) else (first, *prompt), completions)
+
+
+def _check(sides: _Sides, *, ends: bool = True) -> None:
+    """Refuse a row with nothing to compare or to learn, or with turns out of order."""
+    if len(sides.completions) == 2 and sides.completions[0] == sides.completions[1]:
+        raise Refusal("identical_completions", "chosen and rejected are the same")
+    names = ("chosen", "rejected") if len(sides.completions) == 2 else ("the completion",)
+    for name, completion in zip(names, sides.completions, strict=True):
+        turns = completion if isinstance(completion, tuple) else (Message("assistant", completion),)
+        if not turns or not all(m.content.strip() for m in turns if m.role == "assistant"):
+            raise Refusal("empty_completion", f"{name} says nothing")
+    for completion in sides.completions:
+        if isinstance(sides.prompt, tuple) and isinstance(completion, tuple):
+            check_order(sides.prompt, completion, ends=ends)

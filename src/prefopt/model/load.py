@@ -1,0 +1,443 @@
+"""Model folders in and out: safetensors only, no code from the folder, kind refusals before anything loads."""
+
+import hashlib
+import json
+import shutil
+import struct
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from prefopt.errors import ConfigError, ModelError
+
+__all__ = [
+    "LoadedModel",
+    "add_lora",
+    "eos_ids",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "max_positions",
+    "merge",
+    "save_model",
+    "weights_fingerprint",
+]
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_ADAPTER = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to score, its tokenizer, and content hashes of what they were made from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+    tokenizer_fingerprint: str
+    template_fingerprint: str
+    path: str
+
+
+def load_model(path: str, *, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+    """Load a transformers folder, a run folder, a LoRA adapter folder (merged into its base) or a hub name.
+
+    Raises:
+        ModelError: not a model, unsafe (pickle, code of its own), damaged, incomplete, or no causal LM.
+    """
+    folder = resolve(path)
+    adapter = folder if (folder / _ADAPTER).exists() else None
+    base = _adapter_base(folder) if adapter else folder
+    _inspect(base)
+    _quiet()
+    model, report = AutoModelForCausalLM.from_pretrained(
+        base, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            "The weights are incomplete.",
+            where=str(base),
+            got=f"nothing for {', '.join(missing[:5])}" + (f" and {len(missing) - 5} more" if len(missing) > 5 else ""),
+            expected="a weight for every layer of the configuration",
+            todo="Download or save the model again.",
+        )
+    fingerprint = weights_fingerprint(base)
+    if adapter is not None:
+        _inspect_weights(adapter, "adapter_model")
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        fingerprint = _hash(fingerprint, weights_fingerprint(adapter))
+    tokenizer = load_tokenizer(str(folder if (folder / "tokenizer_config.json").exists() else base))
+    _check_vocabulary(folder, model, tokenizer)
+    template = json.dumps(tokenizer.chat_template)
+    return LoadedModel(
+        model=model.to(device).eval(),
+        tokenizer=tokenizer,
+        fingerprint=fingerprint,
+        tokenizer_fingerprint=_hash(_tokenizer_content(tokenizer)),
+        template_fingerprint=_hash(template),
+        path=path,
+    )
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, run folder or hub name.
+
+    Raises:
+        ModelError: there is none, or it wants to run code of its own.
+    """
+    folder = resolve(path)
+    if not (folder / "tokenizer_config.json").exists() and (folder / _ADAPTER).exists():
+        folder = _adapter_base(folder)
+    if not any(
+        (folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    ):
+        raise ModelError(
+            "The model folder has no tokenizer.",
+            where=str(folder),
+            got=_listing(folder),
+            expected="tokenizer.json and tokenizer_config.json",
+            todo="Copy the tokenizer's files into the folder, or save it there with tokenizer.save_pretrained.",
+        )
+    _refuse_code(folder / "tokenizer_config.json")
+    _quiet()
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return tokenizer
+
+
+def resolve(path: str) -> Path:
+    """The folder a model argument means; a hub name is fetched into the hub's own cache."""
+    folder = Path(path)
+    if folder.is_file():
+        raise ModelError(
+            "The model is a file.", where=path, expected="a model folder", todo="Give the folder that holds it."
+        )
+    if (folder / "manifest.json").exists() and (folder / "config.yaml").exists():
+        if not (folder / "model").is_dir():
+            raise ModelError(
+                "This run has no model yet.", where=path, todo=f"Finish it first: `prefopt resume {path}`."
+            )
+        return folder / "model"
+    if folder.is_dir():
+        return folder
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise ModelError("There is no such model folder.", where=path, todo="Check the path.")
+    return _from_hub(path)
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            "The model is neither a folder here nor reachable on the hub.",
+            where=name,
+            got=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            expected="a model folder, a run folder, or a hub name such as owner/name",
+            todo="Check the spelling; without a network give a folder.",
+        ) from error
+
+
+def _inspect(folder: Path) -> None:
+    """Everything that can be refused by looking, before transformers touches the folder."""
+    if not (folder / "config.json").exists():
+        raise ModelError(
+            "The folder is no model.",
+            where=str(folder),
+            got=_listing(folder),
+            expected="config.json and *.safetensors",
+            todo="Give a folder in transformers' format.",
+        )
+    config = _refuse_code(folder / "config.json")
+    kind = config.get("model_type")
+    if kind not in transformers.CONFIG_MAPPING:
+        raise ModelError(
+            "transformers does not know this kind of model.",
+            where=f"{folder / 'config.json'}, key model_type",
+            got=repr(kind),
+            expected="a model type of the installed transformers",
+            todo=f"Update transformers (now {transformers.__version__}) if the model is newer than it.",
+        )
+    if type(AutoConfig.from_pretrained(folder, trust_remote_code=False)) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            "This is not a causal language model.",
+            where=str(folder / "config.json"),
+            got=f"model_type {kind!r}",
+            expected="a decoder that predicts the next token",
+        )
+    _inspect_weights(folder, "model")
+
+
+def _refuse_code(path: Path) -> dict[str, Any]:
+    """The JSON at `path`; refuses what would run code from the folder, however deep it is nested."""
+    if not path.exists():
+        return {}
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError("The model's configuration is no JSON.", where=str(path), got=str(error)) from error
+
+    def keys(node: Any) -> set[str]:
+        if isinstance(node, dict):
+            return set(node) | {k for v in node.values() for k in keys(v)}
+        return {k for v in node for k in keys(v)} if isinstance(node, list) else set()
+
+    if found := keys(content) & {"auto_map", "trust_remote_code"}:
+        raise ModelError(
+            "The model wants to run code of its own.",
+            where=f"{path}, key {', '.join(sorted(found))}",
+            expected="a model that transformers implements itself",
+            todo="prefopt never runs code from a model folder. If transformers knows the model, remove that key.",
+        )
+    return content
+
+
+def _inspect_weights(folder: Path, stem: str) -> None:
+    """Weights are there, whole, and safetensors."""
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.exists():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if absent := [s for s in shards if not (folder / s).is_file()]:
+            raise ModelError(
+                "Weight files are missing.",
+                where=str(index),
+                got=f"no {', '.join(absent[:5])}",
+                expected=f"all {len(shards)} files the index names",
+                todo="Download the missing files.",
+            )
+    found = sorted(folder.glob("*.safetensors"))
+    pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
+    if not found and pickles:
+        raise ModelError(
+            "The weights are pickle files, which can run code when they are read.",
+            where=str(folder),
+            got=", ".join(pickles[:4]),
+            expected="*.safetensors",
+            todo="Convert them where you trust them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...).",
+        )
+    if not found:
+        raise ModelError(
+            "The folder has no weights.", where=str(folder), got=_listing(folder), expected="*.safetensors"
+        )
+    for path in found:
+        _check_header(path)
+
+
+def _check_header(path: Path) -> None:
+    """A safetensors file says in its header where its last byte is; a cut file is shorter."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, size)))
+        end = 8 + length + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+    except (ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            "A weight file is damaged.", where=str(path), got="no safetensors header", todo="Download it again."
+        ) from error
+    if end != size:
+        raise ModelError(
+            "A weight file is cut or damaged.",
+            where=str(path),
+            got=f"{size:,} bytes",
+            expected=f"{end:,} bytes",
+            todo="Download it again.",
+        )
+
+
+def _adapter_base(folder: Path) -> Path:
+    """The base model an adapter folder names; relative names are tried beside the adapter too."""
+    name = str(_refuse_code(folder / _ADAPTER).get("base_model_name_or_path") or "")
+    for candidate in (Path(name), folder / name):
+        if name and candidate.is_dir():
+            return resolve(str(candidate))
+    try:
+        return resolve(name)
+    except ModelError as error:
+        raise ModelError(
+            "The adapter's base model is not here.",
+            where=f"{folder / _ADAPTER}, key base_model_name_or_path",
+            got=repr(name),
+            expected="a model folder or a reachable hub name",
+            todo="Put the base model there, or write its new place into that key.",
+        ) from error
+
+
+def _check_vocabulary(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    top = max(tokenizer.get_vocab().values(), default=-1)
+    if top >= rows:
+        raise ModelError(
+            "Tokenizer and model do not belong together.",
+            where=str(folder),
+            got=f"token id {top}",
+            expected=f"ids below {rows}, the rows of the embedding",
+            todo="Use the tokenizer the model was trained with.",
+        )
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """SHA-256 over the configuration and every safetensors file, as "sha256:<hex>".
+
+    `transformers_version` is left out: saving the same weights with another release changes nothing.
+    """
+    digest = hashlib.sha256()
+    for name in ("config.json", _ADAPTER):
+        if (folder / name).exists():
+            config = json.loads((folder / name).read_text())
+            config.pop("transformers_version", None)
+            digest.update(json.dumps(config, sort_keys=True).encode())
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _hash(*texts: str) -> str:
+    return f"sha256:{hashlib.sha256(chr(0).join(texts).encode()).hexdigest()}"
+
+
+def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    body = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return body + json.dumps({k: str(v) for k, v in tokenizer.special_tokens_map.items()}, sort_keys=True)
+
+
+def add_lora(
+    model: PreTrainedModel, *, rank: int, alpha: int, dropout: float, targets: tuple[str, ...] | None, seed: int
+) -> PeftModel:
+    """Freeze `model` and put a LoRA adapter into it (float32, starting as the identity).
+
+    Args:
+        targets: Names of the linear layers that get one; None: every linear layer but the head.
+
+    Raises:
+        ConfigError: a target is no layer of this model; names those that are.
+    """
+    linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    if targets and (unknown := set(targets) - linear):
+        raise ConfigError(
+            "The model has no such layer.",
+            where="lora_targets",
+            got=", ".join(sorted(unknown)),
+            expected=f"some of {', '.join(sorted(linear - {'lm_head'}))}",
+        )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules=list(targets) if targets else "all-linear",
+            task_type="CAUSAL_LM",
+        )
+        adapted = get_peft_model(model, config)
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def save_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """A plain transformers folder, or for LoRA a peft adapter folder; whole or absent.
+
+    Both load with `AutoModelForCausalLM.from_pretrained(folder)`.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        draft.chmod(0o755)
+        assert isinstance(model, PreTrainedModel | PeftModel)
+        if isinstance(model, PeftModel):
+            with warnings.catch_warnings():
+                # peft looks for the base's configuration on the hub to see whether embeddings were resized.
+                warnings.filterwarnings("ignore", message="Could not find a config file")
+                model.save_pretrained(draft, save_embedding_layers=False)
+        else:
+            model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+            model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+        (draft / "README.md").unlink(missing_ok=True)  # peft's empty model card
+        if folder.exists():
+            shutil.rmtree(folder)
+        draft.rename(folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def merge(adapter: Path, out: Path) -> None:
+    """Write a LoRA adapter (or the run that trained it) into plain weights, in its base's dtype.
+
+    Raises:
+        ModelError: there is no adapter, or `out` is taken.
+    """
+    folder = resolve(str(adapter))
+    if not (folder / _ADAPTER).exists():
+        raise ModelError(
+            "There is no adapter to merge.",
+            where=str(folder),
+            got=_listing(folder),
+            expected=_ADAPTER,
+            todo="A model trained without --lora-rank is plain weights already.",
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ModelError("The output folder is not empty.", where=str(out), todo="Choose another --out.")
+    config = AutoConfig.from_pretrained(_adapter_base(folder), trust_remote_code=False)
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    loaded = load_model(str(folder), dtype=dtype, device=torch.device("cpu"))
+    save_model(loaded.model, loaded.tokenizer, out)
+
+
+def load_config(path: str) -> PretrainedConfig:
+    """The configuration of a model folder, run folder or hub name, nothing else loaded."""
+    folder = resolve(path)
+    base = _adapter_base(folder) if (folder / _ADAPTER).exists() else folder
+    _inspect(base)
+    config: PretrainedConfig = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    return config
+
+
+def eos_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every id that ends a text: the generation configuration's and the tokenizer's."""
+    folder = resolve(path)
+    base = _adapter_base(folder) if (folder / _ADAPTER).exists() else folder
+    file = base / "generation_config.json"
+    named = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+    several = named if isinstance(named, list) else [named]
+    return frozenset(i for i in (*several, tokenizer.eos_token_id) if isinstance(i, int))
+
+
+def max_positions(config: PretrainedConfig) -> int | None:
+    """Longest sequence a model holds, or None where nothing bounds it."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = getattr(config.get_text_config(), name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir())
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "an empty folder"
+
+
+def _quiet() -> None:
+    """Our own progress speaks; transformers' bars and its report of loaded keys (checked above) do not."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()

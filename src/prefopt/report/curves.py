@@ -1,0 +1,281 @@
+"""Curves of a run as inline SVG: thin lines are training, bold ones with dots the held-out rows.
+
+Colours are CSS variables of the page, so one drawing serves light, dark and print. Nothing is said
+by colour alone: the second of two lines is dashed, and lines are named at their ends.
+"""
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from markupsafe import Markup, escape
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+__all__ = ["Panel", "draw_panels"]
+
+Metrics = Sequence[Mapping[str, Any]]
+
+_MOST_POINTS = 400  # of a line; longer ones are averaged over neighbouring steps, and the caption says so
+
+# Drawn with these stand-ins, which become CSS variables.
+_INK, _MUTED, _GRID = "#010101", "#020202", "#030303"
+_LINES = ("#040404", "#050505")
+_VARIABLES = {
+    _INK: "var(--ink)",
+    _MUTED: "var(--muted)",
+    _GRID: "var(--rule)",
+    _LINES[0]: "var(--first)",
+    _LINES[1]: "var(--second)",
+}
+_RC = {
+    "svg.fonttype": "none",
+    "svg.image_inline": True,
+    "font.size": 9,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "axes.edgecolor": _MUTED,
+    "axes.labelcolor": _MUTED,
+    "text.color": _INK,
+    "text.parse_math": False,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "axes.unicode_minus": True,
+    "path.simplify": False,
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A curve with its heading and the line that says how to read it."""
+
+    title: str
+    caption: str
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a panel shows: metric -> name at the line's end (empty: train and held-out are named)."""
+
+    title: str
+    caption: str
+    lines: Mapping[str, str]
+    level: tuple[float, str] | None = None  # a dotted line and its name
+    limits: tuple[float, float] | None = None
+
+
+_DPO_LOSS = _Plan(
+    "Loss",
+    "Starts at ln 2 (dotted) where policy and reference agree, and should fall. "
+    "Held-out rising while train falls: the pairs are being learnt by heart.",
+    {"loss": ""},
+    level=(math.log(2), "ln 2"),
+)
+_OTHER_LOSS = _Plan(
+    "Loss",
+    "Should fall and level off. Held-out rising while train falls: the rows are being learnt by heart.",
+    {"loss": ""},
+)
+_PLANS = (
+    _Plan(
+        "Accuracy",
+        "Share of pairs whose chosen completion has the higher implicit reward. Dotted: a coin. "
+        "Train at 1 with held-out falling: stop earlier.",
+        {"rewards/accuracies": ""},
+        level=(0.5, "chance"),
+        limits=(0.0, 1.0),
+    ),
+    _Plan(
+        "Implicit rewards",
+        "Beta times the log-ratio to the reference. The distance between the lines is what is learnt; "
+        "both falling together is likelihood displacement.",
+        {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
+        level=(0.0, ""),
+    ),
+    _Plan(
+        "Reward margin",
+        "Chosen minus rejected reward: grows as the policy tells them apart. Growth without "
+        "better held-out accuracy is only confidence.",
+        {"rewards/margins": ""},
+        level=(0.0, ""),
+    ),
+    _Plan(
+        "KL to the reference",
+        "Nats a completion: how far the policy has moved, the price of the gain above. "
+        "A steep climb late in the run calls for a larger beta or fewer steps.",
+        {"kl": ""},
+        level=(0.0, ""),
+    ),
+    _Plan(
+        "Log-probabilities",
+        "Summed over a completion, in nats. Rejected should fall away from chosen; "
+        "chosen falling as well means that probability goes to texts in neither.",
+        {"logps/chosen": "chosen", "logps/rejected": "rejected"},
+    ),
+    _Plan(
+        "Log-probability",
+        "Summed over a completion, in nats: should rise towards 0.",
+        {"logps/completion": ""},
+    ),
+    _Plan(
+        "Lengths of chosen and rejected",
+        "Scored tokens a completion in the data. A steady gap means that length itself is being rewarded.",
+        {"lengths/chosen": "chosen", "lengths/rejected": "rejected"},
+    ),
+    _Plan("Length", "Scored tokens a completion in the data.", {"lengths/completion": ""}),
+    _Plan(
+        "Importance weight",
+        "Mean of sigmoid(\N{MINUS SIGN}margin): how much of its gradient a pair still gets. "
+        "Starts at 0.5; near 0 there is little left to learn.",
+        {"importance_weight": ""},
+        limits=(0.0, 1.0),
+    ),
+    _Plan("Learning rate", "The schedule as it was run.", {"lr": ""}),
+    _Plan(
+        "Gradient norm",
+        "Before clipping. Single spikes are clipped; a lasting rise calls for a lower learning rate.",
+        {"grad_norm": ""},
+    ),
+    _Plan(
+        "Throughput",
+        "Tokens a second, of training steps alone. Should be level; dips are another program's work or very long rows.",
+        {"tokens_per_second": ""},
+    ),
+)
+_TOLD_ELSEWHERE = {"step", "split", "pairs", "rows", "peak_memory_bytes", "pairs_per_second", "rows_per_second"}
+
+
+def draw_panels(metrics: Metrics) -> list[Panel]:
+    """A panel for everything in `metrics` (lines of metrics.jsonl) that has at least one number.
+
+    Metrics without a plan of their own get a plain panel under their own name.
+    """
+    names = {name for line in metrics for name, value in line.items() if isinstance(value, int | float)}
+    loss = _DPO_LOSS if "rewards/margins" in names else _OTHER_LOSS
+    planned = {name for plan in (loss, *_PLANS) for name in plan.lines}
+    others = sorted(names - planned - _TOLD_ELSEWHERE)
+    plans = [loss, *_PLANS, *(_Plan(name, "Logged under this name.", {name: ""}) for name in others)]
+    return [_panel(plan, metrics, i) for i, plan in enumerate(plans) if names & set(plan.lines)]
+
+
+@dataclass(frozen=True)
+class _Line:
+    steps: list[float]
+    values: list[float]
+    averaged: int  # steps in a point
+
+
+def _line(metrics: Metrics, split: str, name: str) -> _Line | None:
+    """The finite values of a metric; long lines are averaged over runs of neighbouring steps."""
+    points = sorted(
+        (float(line["step"]), float(line[name]))
+        for line in metrics
+        if line.get("split") == split
+        and isinstance(line.get("step"), int)
+        and isinstance(line.get(name), int | float)
+        and math.isfinite(line[name])
+    )
+    if not points:
+        return None
+    size = math.ceil(len(points) / _MOST_POINTS)
+    parts = [points[i : i + size] for i in range(0, len(points), size)]
+    steps, values = ([sum(p[k] for p in part) / len(part) for part in parts] for k in (0, 1))
+    return _Line(steps, values, size)
+
+
+def _panel(plan: _Plan, metrics: Metrics, number: int) -> Panel:
+    averaged = 1
+    with mpl.rc_context({**_RC, "svg.hashsalt": f"prefopt {number}"}):
+        figure = Figure(figsize=(4.6, 2.5), dpi=72)
+        axes = figure.add_axes((0.125, 0.16, 0.685, 0.77))
+        _frame(axes)
+        ends: list[tuple[float, str, str]] = []  # height, text, colour
+        for (name, label), colour, style in zip(plan.lines.items(), _LINES, ("-", (0, (4, 2))), strict=False):
+            train, held_out = _line(metrics, "train", name), _line(metrics, "eval", name)
+            if train:
+                bold = held_out is None
+                axes.plot(train.steps, train.values, color=colour, ls=style, lw=1.4 if bold else 0.9, zorder=2)
+                averaged = max(averaged, train.averaged)
+                if bold or not label:
+                    ends.append((train.values[-1], label or "train", colour))
+            if held_out:
+                axes.plot(held_out.steps, held_out.values, color=colour, ls=style, lw=2.2, marker="o", ms=4.5, zorder=3)
+                ends.append((held_out.values[-1], label or "held-out", colour))
+        _scale(axes, plan)
+        _name_ends(axes, ends)
+        svg = _svg(figure, f"{plan.title}: " + ", ".join(f"{text} ends at {value:.4g}" for value, text, _ in ends))
+    note = f" Each training point is the mean of {averaged} steps." if averaged > 1 else ""
+    return Panel(plan.title, plan.caption + note, svg)
+
+
+def _frame(axes: Any) -> None:
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.grid(axis="y", color=_GRID, lw=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, pad=4)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.margins(x=0.02, y=0.12)
+
+
+def _scale(axes: Any, plan: _Plan) -> None:
+    """Limits, number format and the dotted line."""
+    if plan.level:
+        height, name = plan.level
+        axes.axhline(height, color=_MUTED, lw=1.0, ls=(0, (1, 2)), zorder=1)
+        if name:
+            spot = axes.get_yaxis_transform()
+            axes.text(0.995, height, name, transform=spot, ha="right", va="bottom", color=_MUTED, fontsize=8)
+    if plan.limits:
+        low, high = plan.limits
+        axes.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
+    elif axes.get_ylim()[1] >= 10_000:
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_xlabel("step", loc="right", labelpad=1, fontsize=8)
+
+
+def _name_ends(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Each line's name and last value, right of its end; names that would overlap are moved apart."""
+    low, high = axes.get_ylim()
+    heights = _apart([(value - low) / (high - low) for value, _, _ in ends], gap=0.21)
+    for height, (value, text, colour) in zip(heights, ends, strict=True):
+        axes.text(1.03, height, f"{text}\n{value:.3g}", transform=axes.transAxes, va="center", color=colour)
+
+
+def _apart(heights: Sequence[float], gap: float) -> list[float]:
+    """The heights, moved as little as keeps neighbours `gap` apart and the middle where it was."""
+    order = sorted(range(len(heights)), key=heights.__getitem__)
+    placed = list(heights)
+    for below, above in zip(order, order[1:], strict=False):
+        placed[above] = max(placed[above], placed[below] + gap)
+    drift = (sum(placed) - sum(heights)) / max(1, len(heights))
+    return [height - drift for height in placed]
+
+
+def _svg(figure: Figure, description: str) -> Markup:
+    """The figure as an `<svg>` element for the inside of a page: no prolog, metadata, ids or URLs to spare."""
+    out = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None})
+    text = out.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # it would hold for the whole page
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r" font-family: [^;]*;", "", text)  # the page's own font
+    text = re.sub(r' transform="rotate\(-0 [^)]*\)"', "", text)
+    used = set(re.findall(r"(?:href=\"#|url\(#)([^\")]+)", text))
+    text = re.sub(r' id="([^"]*)"', lambda m: m.group() if m.group(1) in used else "", text)
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, variable)
+    box = re.search(r'viewBox="([^"]*)"', text)
+    assert box is not None
+    body = text[text.index(">", box.end()) + 1 :]
+    body = re.sub(r">\s+<", "><", body.strip())
+    head = Markup('<svg viewBox="{}" role="img" aria-label="{}">').format(box.group(1), escape(description))
+    return head + Markup(body)

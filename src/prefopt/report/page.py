@@ -1,0 +1,373 @@
+"""A run folder told on one page that opens offline: what was trained on what, what came of it, what to mind.
+
+Everything on the page is text that was escaped or a drawing made here; it needs no script, and its
+content policy forbids scripts and every address.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from scipy.stats import binomtest
+
+from prefopt.errors import RunError
+from prefopt.report.curves import draw_panels
+from prefopt.run import RunFolder, write_atomically
+
+__all__ = ["write_report"]
+
+_RECIPES = {"sft": "Supervised fine-tuning", "dpo": "Direct Preference Optimization"}
+_LONG_TEXT = 500  # characters; longer samples scroll in a box that the keyboard reaches
+_HISTORY = {"started", "resumed", "interrupted", "saved", "finished"}
+
+
+def write_report(run: Path) -> Path:
+    """Write RUN/report.html from what the run folder holds, and return its path.
+
+    Only config.yaml must be there; a part of the page without its file is left out.
+
+    Raises:
+        RunError: there is no configuration, or a file of the run cannot be read.
+    """
+    told = _Told.of(run)
+    page = _environment().get_template("page.html").render(**_context(told))
+    target = run / "report.html"
+    # A model may emit half a surrogate pair, which no file can hold: it is shown as its escape.
+    write_atomically(target, page.encode("utf-8", errors="backslashreplace"))
+    return target
+
+
+@dataclass(frozen=True)
+class _Told:
+    """The files of a run, parsed; empty where there is none."""
+
+    path: Path
+    config: dict[str, Any]
+    manifest: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    audit: dict[str, Any]
+    outcome: dict[str, Any]
+
+    @classmethod
+    def of(cls, path: Path) -> "_Told":
+        if not (path / "config.yaml").is_file():
+            raise RunError(
+                "There is no run to report on.",
+                where=str(path / "config.yaml"),
+                got="no such file",
+                expected="a run folder, as `prefopt sft` and `prefopt dpo` make",
+            )
+        run = RunFolder(path)
+        return cls(
+            path=path,
+            config=_parsed(path / "config.yaml", lambda _: run.config_dict),
+            manifest=_parsed(path / "manifest.json", lambda _: run.manifest),
+            metrics=_parsed_lines(path / "metrics.jsonl", run.metrics),
+            events=_parsed_lines(path / "events.jsonl", run.events),
+            samples=_parsed_lines(path / "samples.jsonl", lambda: _lines(path / "samples.jsonl")),
+            audit=_parsed(path / "audit.json", lambda p: json.loads(p.read_text())),
+            outcome=_parsed(path / "outcome.json", lambda p: json.loads(p.read_text())),
+        )
+
+    def of_event(self, name: str) -> Iterator[dict[str, Any]]:
+        return (event for event in self.events if event.get("event") == name)
+
+    def of_split(self, split: str) -> list[dict[str, Any]]:
+        return sorted((m for m in self.metrics if m.get("split") == split), key=lambda m: int(m["step"]))
+
+    @property
+    def recipe(self) -> str:
+        """The recipe's name, or guessed from what only pairs have."""
+        known = self.manifest.get("recipe") or next((e.get("recipe") for e in self.of_event("started")), None)
+        return str(known or ("dpo" if "beta" in self.config else "training"))
+
+
+def _parsed(path: Path, parse: Callable[[Path], Any]) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        found = parse(path)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(found, dict):
+        raise _damaged(path, f"a {type(found).__name__}")
+    return found
+
+
+def _parsed_lines(path: Path, parse: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    try:
+        found = parse()
+    except (OSError, ValueError) as error:
+        raise _damaged(path, str(error)) from error
+    if not all(isinstance(line, dict) for line in found):
+        raise _damaged(path, "a line that is no object")
+    return found
+
+
+def _damaged(path: Path, got: str) -> RunError:
+    return RunError(
+        "A file of the run cannot be read.",
+        where=str(path),
+        got=got,
+        expected="what the run wrote there",
+        todo="Put the file back, or move it away: the report leaves that part out.",
+    )
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    # Only "\n" ends a line: model text may hold U+2028 and its kind, which splitlines() breaks at.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = _number
+    environment.filters["value"] = _value
+    return environment
+
+
+def _context(told: _Told) -> dict[str, Any]:
+    return {
+        "name": told.path.resolve().name,
+        "recipe": _RECIPES.get(told.recipe, told.recipe),
+        "model": str(told.config.get("model", "")),
+        "sentence": _sentence(told),
+        "unfinished": None if any(told.of_event("finished")) else _last_step(told),
+        "outcome": told.outcome,
+        "scores": _scores(told),
+        "warnings": [
+            {"step": event.get("step"), "sentence": str(event.get("sentence", ""))} for event in told.of_event("warned")
+        ],
+        "panels": draw_panels(told.metrics),
+        "samples": [
+            {name: _text(sample.get(name)) for name in ("prompt", "before", "after")} for sample in told.samples
+        ],
+        "rows": _rows(told.audit),
+        "facts": _facts(told),
+        "files": _files(told.manifest),
+        "history": [
+            {"time": _clock(event.get("time")), "step": event.get("step"), "event": event["event"]}
+            for event in told.events
+            if event.get("event") in _HISTORY
+        ],
+        "config": told.config,
+        "versions": told.manifest.get("versions") or {},
+    }
+
+
+# --- what came of it ---------------------------------------------------------------------------
+
+
+def _measured(told: _Told) -> tuple[list[dict[str, Any]], str]:
+    """The lines that say best what the run did: held-out ones if there are any."""
+    held_out = told.of_split("eval")
+    return (held_out, "held-out") if held_out else (told.of_split("train"), "training")
+
+
+def _sentence(told: _Told) -> str:
+    """The outcome in one sentence."""
+    lines, split = _measured(told)
+    if not lines:
+        return "Nothing has been measured yet."
+    first, last = lines[0], lines[-1]
+    parts = []
+    if "rewards/accuracies" in first and "rewards/accuracies" in last:
+        interval = _interval(last)
+        parts.append(
+            f"{split} accuracy {first['rewards/accuracies']:.2f} \N{RIGHTWARDS ARROW} {last['rewards/accuracies']:.2f}"
+            + (f" ({interval})" if interval else "")
+        )
+    if "kl" in last:
+        parts.append(f"KL {_number(last['kl'])} nats from the reference")
+    if "loss" in first and "loss" in last:
+        named = "loss" if parts else f"{split} loss"
+        parts.append(f"{named} {first['loss']:.3f} \N{RIGHTWARDS ARROW} {last['loss']:.3f}")
+    text = ", ".join(parts) or "No loss was logged"
+    return text[0].upper() + text[1:] + f", after {last['step']:,} steps."
+
+
+def _interval(line: Mapping[str, Any]) -> str:
+    """95% Wilson interval of the accuracy, where the line says of how many pairs it is."""
+    pairs = line.get("pairs")
+    if not isinstance(pairs, int | float) or pairs < 1:
+        return ""
+    right = round(line["rewards/accuracies"] * pairs)
+    interval = binomtest(right, int(pairs)).proportion_ci(0.95, method="wilson")
+    return f"95% interval {interval.low:.2f} to {interval.high:.2f}, {int(pairs):,} pairs"
+
+
+def _last_step(told: _Told) -> int:
+    return max((int(line["step"]) for line in told.metrics), default=0)
+
+
+_SCORED = {
+    "loss": "Loss",
+    "rewards/accuracies": "Accuracy",
+    "rewards/margins": "Reward margin",
+    "kl": "KL to the reference, nats",
+    "logps/chosen": "Log-probability of chosen, nats",
+    "logps/rejected": "Log-probability of rejected, nats",
+    "logps/completion": "Log-probability of a completion, nats",
+}
+
+
+def _scores(told: _Told) -> dict[str, Any]:
+    """First and last value of the metrics that tell the story; empty without two measurements."""
+    lines, split = _measured(told)
+    if len(lines) < 2:
+        return {}
+    first, last = lines[0], lines[-1]
+    rows = [(label, first[name], last[name]) for name, label in _SCORED.items() if name in first and name in last]
+    return {"split": split, "first": first["step"], "last": last["step"], "rows": rows}
+
+
+# --- what it was made of -----------------------------------------------------------------------
+
+
+def _rows(audit: Mapping[str, Any]) -> dict[str, Any]:
+    """The table of rows: what was read, what became of it, which side of the split it is on."""
+    if not audit:
+        return {}
+    named = {
+        "rows": "read",
+        "kept": "kept as they stand",
+        "mended": "mended and kept",
+        "refused": "refused",
+        "train": "trained on",
+        "held_out": "held out for evaluation",
+    }
+    counts = [(label, audit[name]) for name, label in named.items() if name in audit]
+    reasons = sorted((audit.get("reasons") or {}).items(), key=lambda item: -item[1])
+    return {
+        "format": str(audit.get("format", "")),
+        "counts": counts,
+        "total": audit.get("rows", 0),
+        "reasons": [(str(reason).replace("_", " "), count) for reason, count in reasons],
+    }
+
+
+def _facts(told: _Told) -> list[tuple[str, str, str]]:
+    """(name, value, hash or detail) of what the run is made of and how it went."""
+    config, manifest = told.config, told.manifest
+    found = [("Model", str(config.get("model", "")), manifest.get("model"))]
+    if "reference" in manifest:
+        found.append(("Reference", str(config.get("reference") or "the starting model"), manifest["reference"]))
+    found += [(label, "", manifest.get(key)) for label, key in (("Tokenizer", "tokenizer"), ("Template", "template"))]
+    for event in told.of_event("path"):
+        found.append(("Log-probabilities", *_path(event)))
+    seconds = _seconds(told)
+    found.append(("Time taken", _duration(seconds) if seconds is not None else "", None))
+    found += [(label, value, None) for label, value in _rates(told)]
+    return [(label, value, str(detail or "")) for label, value, detail in found if value or detail]
+
+
+def _path(event: Mapping[str, Any]) -> tuple[str, str]:
+    value = f"{event.get('path', '')} path"
+    if isinstance(event.get("max_difference"), int | float):
+        value += f"; {event['max_difference']:.1e} nats a sequence at most from transformers' own on the first batch"
+    return value, str(event.get("reason", ""))
+
+
+def _seconds(told: _Told) -> float | None:
+    """From the first event to the last, less the pauses before each time the run was resumed."""
+    total, before = 0.0, None
+    for event in told.events:
+        try:
+            now = datetime.fromisoformat(str(event.get("time")))
+            if before is not None and event.get("event") != "resumed":
+                total += (now - before).total_seconds()
+        except (ValueError, TypeError):  # no time, or one with and one without a zone
+            return None
+        before = now
+    return total if before is not None and len(told.events) > 1 else None
+
+
+def _rates(told: _Told) -> Iterator[tuple[str, str]]:
+    """Throughput (the median step's) and the most memory held."""
+    for name, unit in (("tokens_per_second", "tokens"), ("pairs_per_second", "pairs"), ("rows_per_second", "rows")):
+        values = [line[name] for line in told.of_split("train") if name in line]
+        if values:
+            yield "Throughput", f"{_number(median(values))} {unit} a second (median step)"
+    memory = [line["peak_memory_bytes"] for line in told.metrics if "peak_memory_bytes" in line]
+    if memory:
+        yield "Peak memory", f"{_number(max(memory) / 1e9)} GB" if max(memory) >= 1e9 else f"{max(memory) / 1e6:.0f} MB"
+
+
+def _files(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, hash) of each data file; the files of a folder one by one."""
+    found = []
+    for name, content in (manifest.get("data") or {}).items():
+        try:
+            inside = json.loads(content) if str(content).startswith("{") else None
+        except ValueError:
+            inside = None
+        if isinstance(inside, dict):
+            found += [(f"{name}/{file}", f"sha256:{digest}") for file, digest in inside.items()]
+        else:
+            found.append((str(name), str(content)))
+    return found
+
+
+# --- how values are written --------------------------------------------------------------------
+
+
+def _number(value: Any) -> str:
+    """Three significant digits for people; counts in full."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "" if value is None else str(value)
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}".replace("-", "\N{MINUS SIGN}")
+    if not math.isfinite(value):
+        return str(value)
+    text = f"{value:.3g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.2e}"
+    return text.replace("-", "\N{MINUS SIGN}", 1) if value < 0 else text
+
+
+def _value(value: Any) -> str:
+    """A configuration value as YAML would have it on one line."""
+    if isinstance(value, list | tuple):
+        return ", ".join(_value(item) for item in value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_value(item)}" for key, item in value.items())
+    return (
+        {True: "yes", False: "no", None: "not set"}[value]
+        if value is None or value is True or value is False
+        else str(value)
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts: Sequence[tuple[int, str]] = ((hours, "h"), (minutes, "min"), (rest, "s"))
+    return " ".join(f"{count} {unit}" for count, unit in parts if count) or "under a second"
+
+
+def _clock(time: Any) -> str:
+    """Date and time to the second, as the event has it."""
+    try:
+        return datetime.fromisoformat(str(time)).strftime("%Y-%m-%d %H:%M:%S")
+    except ValueError:
+        return str(time or "")
+
+
+def _text(value: Any) -> dict[str, Any]:
+    text = value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+    return {"text": text, "long": len(text) > _LONG_TEXT}

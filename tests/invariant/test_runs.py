@@ -1,0 +1,224 @@
+"""Through the command line on a tiny model: what must not change a run, does not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tiny import save_tiny_model, write_pairs
+
+TIMING = {"tokens_per_second", "pairs_per_second", "rows_per_second", "peak_memory_bytes"}
+
+
+def prefopt(*arguments: str, cache: Path, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, env=environment(cache), timeout=300)
+    assert done.returncode == expect, done.stderr
+    return done
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "prefopt", *arguments]
+
+
+def environment(cache: Path) -> dict[str, str]:
+    return {**os.environ, "PREFOPT_CACHE": str(cache), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return dict(load_file(run / "model" / "model.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    save_tiny_model(folder / "model")
+    write_pairs(folder / "pairs.jsonl", 48)
+    return folder
+
+
+def dpo(inputs: Path, out: Path, *more: str) -> list[str]:
+    return [
+        *("dpo", "--model", str(inputs / "model"), "--data", str(inputs / "pairs.jsonl"), "--out", str(out)),
+        *("--beta", "0.1", "--lr", "1e-3", "--batch-pairs", "8", "--eval-share", "0.2", "--samples", "2"),
+        *("--sample-tokens", "8", *more),
+    ]
+
+
+def close(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]], tolerance: float) -> None:
+    assert len(a) == len(b)
+    for one, other in zip(a, b, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            expected = value if isinstance(value, str) else pytest.approx(value, rel=tolerance, abs=tolerance)
+            assert other[name] == expected, name
+
+
+def test_micro_batches_change_nothing(inputs: Path, tmp_path: Path) -> None:
+    """8 pairs at once equal 8 pairs one by one: the budget is memory, not mathematics."""
+    prefopt(*dpo(inputs, tmp_path / "whole", "--tokens-per-batch", "100000"), cache=tmp_path)
+    prefopt(*dpo(inputs, tmp_path / "single", "--tokens-per-batch", "64"), cache=tmp_path)
+    close(metrics(tmp_path / "whole"), metrics(tmp_path / "single"), 2e-4)
+    for name, tensor in weights(tmp_path / "whole").items():
+        torch.testing.assert_close(weights(tmp_path / "single")[name], tensor, atol=2e-4, rtol=1e-3)
+
+
+def test_checkpointed_activations_change_nothing(inputs: Path, tmp_path: Path) -> None:
+    prefopt(*dpo(inputs, tmp_path / "kept"), cache=tmp_path)
+    prefopt(*dpo(inputs, tmp_path / "recomputed", "--checkpoint-activations"), cache=tmp_path)
+    close(metrics(tmp_path / "kept"), metrics(tmp_path / "recomputed"), 1e-5)
+
+
+@pytest.mark.parametrize("more", [(), ("--lora-rank", "4", "--lora-dropout", "0.1"), ("--dtype", "bfloat16")])
+def test_interrupted_and_resumed_equals_uninterrupted(inputs: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+    """Bit for bit, after SIGINT in the middle and a kill -9 later on."""
+    long = ("--epochs", "4", "--save-every", "3", "--eval-every", "4", *more)
+    prefopt(*dpo(inputs, tmp_path / "whole", *long), cache=tmp_path)
+
+    run = tmp_path / "broken"
+    process = start(dpo(inputs, run, *long), tmp_path)
+    wait_for_step(run, process, 2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) == 130
+    assert not (run / "model").exists()
+
+    process = start(["resume", str(run)], tmp_path)
+    wait_for_step(run, process, 10)
+    process.kill()
+    process.wait()
+    prefopt("resume", str(run), cache=tmp_path)
+
+    assert metrics(run) == metrics(tmp_path / "whole")
+    name = "adapter_model.safetensors" if "--lora-rank" in more else "model.safetensors"
+    assert (run / "model" / name).read_bytes() == (tmp_path / "whole" / "model" / name).read_bytes()
+    assert rows_by_step(run) == rows_by_step(tmp_path / "whole")
+
+
+def start(arguments: Sequence[str], cache: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command(*arguments), env=environment(cache), stderr=subprocess.DEVNULL)
+
+
+def wait_for_step(run: Path, process: subprocess.Popen[bytes], step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and any(m["step"] >= step for m in metrics_so_far(run)):
+            return
+        assert process.poll() is None, "the run ended before it could be interrupted"
+        time.sleep(0.01)
+    raise AssertionError("the run never reached the step")
+
+
+def metrics_so_far(run: Path) -> list[dict[str, Any]]:
+    text = (run / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def rows_by_step(run: Path) -> dict[int, list[str]]:
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return {e["step"]: e["rows"] for e in events if e["event"] == "rows"}
+
+
+def test_a_run_is_what_was_promised(inputs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = prefopt(*dpo(inputs, run, "--json"), cache=tmp_path)
+    printed = json.loads(done.stdout)
+    assert printed["run"] == str(run)
+
+    lines = metrics(run)
+    assert lines[0]["step"] == 0 and lines[0]["split"] == "eval"
+    assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert lines[-1]["kl"] > 1e-4
+    train = [line for line in lines if line["split"] == "train"]
+    assert train[-1]["rewards/margins"] > train[0]["rewards/margins"]
+    assert train[0]["importance_weight"] == pytest.approx(0.5, abs=1e-5)
+
+    seen = rows_by_step(run)
+    everything = [row for rows in seen.values() for row in rows]
+    assert len(everything) == len(set(everything)), "a pair twice within an epoch"
+
+    trained, report = AutoModelForCausalLM.from_pretrained(run / "model", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert trained.get_input_embeddings().weight.shape[0] > 0
+    assert (run / "report.html").stat().st_size > 0
+    assert len((run / "samples.jsonl").read_text().splitlines()) == 2
+
+
+def test_another_beta_reuses_the_reference_cache(inputs: Path, tmp_path: Path) -> None:
+    first = prefopt(*dpo(inputs, tmp_path / "a"), cache=tmp_path)
+    second = prefopt(*dpo(inputs, tmp_path / "b", "--beta", "0.5", "--seed", "3"), cache=tmp_path)
+    assert "sequences to score" in first.stderr
+    assert "found in the cache" in second.stderr
+
+
+def test_score_agrees_with_a_run_and_with_itself(inputs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    prefopt(*dpo(inputs, run), cache=tmp_path)
+    out = tmp_path / "scores.jsonl"
+    prefopt(
+        *("score", "--model", str(run), "--reference", str(inputs / "model"), "--data", str(inputs / "pairs.jsonl")),
+        *("--out", str(out), "--beta", "0.1"),
+        cache=tmp_path,
+    )
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["row"] for line in lines] == list(range(1, 49))
+    for line in lines:
+        for side in ("chosen", "rejected"):
+            gap = line[f"logps/{side}"] - line[f"ref_logps/{side}"]
+            assert line[f"rewards/{side}"] == pytest.approx(0.1 * gap)
+    accurate = sum(line["rewards/chosen"] > line["rewards/rejected"] for line in lines)
+    assert accurate > 24
+
+
+def test_lora_merges_into_the_same_scores(inputs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "lora"
+    prefopt(*dpo(inputs, run, "--lora-rank", "4", "--lr", "1e-2"), cache=tmp_path)
+    prefopt("merge", str(run), "--out", str(tmp_path / "merged"), cache=tmp_path)
+    scores = []
+    for name, model in (("adapter", run), ("merged", tmp_path / "merged")):
+        out = tmp_path / f"{name}.jsonl"
+        arguments = ("score", "--model", str(model), "--data", str(inputs / "pairs.jsonl"), "--out", str(out))
+        prefopt(*arguments, cache=tmp_path)
+        scores.append([json.loads(line)["logps/chosen"] for line in out.read_text().splitlines()])
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+
+
+def test_sft_learns_and_takes_pairs(inputs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "sft"
+    done = prefopt(
+        *("sft", "--model", str(inputs / "model"), "--data", str(inputs / "pairs.jsonl"), "--out", str(run)),
+        *("--lr", "1e-2", "--epochs", "4", "--batch-rows", "8", "--samples", "0", "--eval-share", "0.2"),
+        cache=tmp_path,
+    )
+    assert "imitates the chosen completion of 48 pairs" in done.stderr
+    held_out = [m["loss"] for m in metrics(run) if m["split"] == "eval"]
+    assert held_out[-1] < held_out[0] - 0.5
+
+
+def test_changed_data_is_refused_on_resume(inputs: Path, tmp_path: Path) -> None:
+    data = tmp_path / "pairs.jsonl"
+    data.write_text((inputs / "pairs.jsonl").read_text())
+    run = tmp_path / "run"
+    arguments = dpo(inputs, run, "--epochs", "20")
+    arguments[arguments.index("--data") + 1] = str(data)
+    process = start(arguments, tmp_path)
+    wait_for_step(run, process, 2)
+    process.terminate()
+    assert process.wait(120) == 143
+    data.write_text(data.read_text().replace("good", "Good", 1))
+    done = prefopt("resume", str(run), cache=tmp_path, expect=2)
+    assert str(data) in done.stderr and "changed" in done.stderr
