@@ -106,7 +106,7 @@ def save_tiny_model(folder: Path) -> None:
     """A tiny Llama in transformers' format whose tokenizer writes a letter a token."""
     letters = {c: i for i, c in enumerate(["<pad>", "<eos>", *string.ascii_letters, *" .,!?'\n"])}
     raw = Tokenizer(models.WordLevel(letters, unk_token="?"))
-    raw.pre_tokenizer = pre_tokenizers.Split(Regex("(?s)."), behavior="isolated")
+    raw.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), behavior="isolated")
     raw.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<pad>")
     torch.manual_seed(0)

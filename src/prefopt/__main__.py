@@ -1,5 +1,7 @@
 """`python -m prefopt` is `prefopt`."""
 
+import sys
+
 from prefopt.cli import main
 
-main()
+sys.exit(main())

@@ -9,10 +9,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from prefopt.errors import ConfigError
@@ -39,7 +39,7 @@ class _Config(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
+    def _as_written(cls, value: Any, info: Any) -> Any:
         kind = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and kind is not bool:  # pydantic takes true for 1
             raise ValueError("a value that is neither true nor false (in YAML yes, no, on and off mean these, too)")
@@ -75,7 +75,7 @@ class ChatConfig(_Config):
     system: Annotated[str | None, Field(description="What the model is told before the conversation.")] = None
     temperature: Annotated[float, Field(description="0: always the likeliest token.", ge=0)] = 0.7
     max_new_tokens: Annotated[int, Field(description="Length limit of an answer.", ge=1)] = 512
-    seed: Annotated[int, Field(description="Seeds sampling.", ge=0)] = 0
+    seed: Annotated[int | None, Field(description="Makes the answers repeatable.", ge=0)] = None
     template: Annotated[
         Literal["auto", "chat", "plain"],
         Field(
@@ -112,7 +112,7 @@ class RowsConfig(_Config):
     ] = None
 
     @model_validator(mode="after")
-    def _prompt_fits(self) -> Self:
+    def _prompt_fits(self) -> "RowsConfig":
         if self.max_length and self.max_prompt_length and self.max_prompt_length >= self.max_length:
             raise ValueError("max_prompt_length must be below max_length, or no completion token is left")
         return self
@@ -130,7 +130,7 @@ class CheckConfig(RowsConfig):
     ] = None
 
     @model_validator(mode="after")
-    def _tokens_need_a_model(self) -> Self:
+    def _tokens_need_a_model(self) -> "CheckConfig":
         for name in ("template", "max_length", "max_prompt_length"):
             if self.model is None and name in self.model_fields_set:
                 raise ValueError(f"{name} does nothing without model")
@@ -189,7 +189,7 @@ class TrainConfig(DataConfig):
     sample_tokens: Annotated[int, Field(description="Length limit of those completions.", ge=1)] = 96
 
     @model_validator(mode="after")
-    def _no_option_without_effect(self) -> Self:
+    def _no_option_without_effect(self) -> "TrainConfig":
         if self.lora_rank is None:
             for name in ("lora_alpha", "lora_dropout", "lora_targets"):
                 if getattr(self, name) is not None:
@@ -230,7 +230,7 @@ class DPOConfig(TrainConfig):
     ] = 32
 
     @model_validator(mode="after")
-    def _kl_needs_held_out_pairs(self) -> Self:
+    def _kl_needs_held_out_pairs(self) -> "DPOConfig":
         if self.kl_rows and self._changed("kl_rows") and not self.eval_share:
             raise ValueError("kl_rows does nothing with eval_share 0")
         return self
@@ -248,7 +248,7 @@ class ScoreConfig(DataConfig):
     ] = "auto"
 
     @model_validator(mode="after")
-    def _beta_has_effect(self) -> Self:
+    def _beta_has_effect(self) -> "ScoreConfig":
         if self.beta is not None and self.reference is None:
             raise ValueError("beta does nothing without reference")
         return self
@@ -300,9 +300,8 @@ class _Given:
             node = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
             values = None if node is None else yaml.SafeLoader("").construct_document(node)
         except OSError as error:
-            raise ConfigError(
-                "The configuration file cannot be read.", where=str(file), got=str(error.strerror)
-            ) from error
+            what = "The configuration file cannot be read."
+            raise ConfigError(what, where=str(file), got=str(error.strerror)) from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             mark = getattr(error, "problem_mark", None)
             raise ConfigError(
@@ -312,9 +311,8 @@ class _Given:
                 expected="lines such as `beta: 0.1`",
             ) from error
         if not isinstance(node, yaml.MappingNode) or not isinstance(values, dict):
-            raise ConfigError(
-                "The configuration file holds no keys.", where=str(file), expected="lines such as `beta: 0.1`"
-            )
+            what = "The configuration file holds no keys."
+            raise ConfigError(what, where=str(file), expected="lines such as `beta: 0.1`")
         for key, _ in node.value:
             name, line = str(key.value), key.start_mark.line + 1
             if name in self.lines:
@@ -339,7 +337,8 @@ class _Given:
     def unknown(self, name: str) -> ConfigError:
         """A key that is none of ours."""
         known = sorted(self.kind.model_fields)
-        near = difflib.get_close_matches(name.replace("-", "_").lower(), known, n=1)
+        free = [k for k in known if k not in self.keys and k not in self.flags]
+        near = difflib.get_close_matches(name.replace("-", "_").lower(), free, n=1)
         others = [k.__name__.removesuffix("Config").lower() for k in (SFTConfig, DPOConfig) if name in k.model_fields]
         todo = f"Did you mean {near[0]}?" if near else None
         return ConfigError(
@@ -354,12 +353,12 @@ class _Given:
         """Pydantic's first complaint in our form; everything missing at once."""
         missing = [str(e["loc"][0]) for e in errors if e["type"] == "missing"]
         if missing:
-            wanted = "; ".join(f"{name}: {self.kind.model_fields[name].description}" for name in missing)
+            file = ", or the same names as keys of a --config file" if issubclass(self.kind, DataConfig) else ""
             return ConfigError(
                 f"{'Settings are' if len(missing) > 1 else 'A setting is'} missing: {', '.join(missing)}.",
                 where=str(self.file or "command line"),
-                expected=wanted,
-                todo=f"Give {' '.join(map(flag_of, missing))}, or the same names as keys of a --config file.",
+                expected="; ".join(f"{n}: {str(self.kind.model_fields[n].description).rstrip('.')}" for n in missing),
+                todo=f"Give {' '.join(map(flag_of, missing))}{file}.",
             )
         first = errors[0]
         message = first["msg"].removeprefix("Value error, ")
@@ -374,21 +373,14 @@ class _Given:
         # Options without effect: the sentence names the settings, the one to complain of first.
         named = [n for n in re.findall(r"[a-z_]+", message) if n in self.flags or n in self.lines]
         return ConfigError(
-            message[0].upper() + message[1:] + ".",
+            f"{message}.",
             where=self.place(named[0]) if named else self.place(""),
-            got=", ".join(f"{n} {_shown({**self.keys, **self.flags}[n])}" for n in named) or None,
+            got=", ".join(f"{n}: {_shown({**self.keys, **self.flags}[n])}" for n in named) or None,
         )
 
 
-_WORDS = {
-    "bool": "true or false",
-    "dict": "column names, each with the name it has in the data",
-    "float": "a number",
-    "int": "a whole number",
-    "path": "a path",
-    "string": "text",
-    "tuple": "a list",
-}
+_WORDS = {"bool": "true or false", "float": "a number", "int": "a whole number", "path": "a path", "string": "text"}
+_WORDS |= {"dict": "column names, each with the name it has in the data", "tuple": "a list"}
 
 
 def _expected(error: ErrorDetails, message: str) -> str:

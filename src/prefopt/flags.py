@@ -1,29 +1,20 @@
-"""Command-line flags from configuration models, and the parser's complaints in our own form."""
+"""Command-line flags from configuration models: one declaration for flags, YAML keys and help."""
 
-import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from cyclopts import Parameter
-from cyclopts.exceptions import (
-    CoercionError,
-    CycloptsError,
-    MissingArgumentError,
-    RepeatArgumentError,
-    UnknownCommandError,
-    UnknownOptionError,
-    UnusedCliTokensError,
-)
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from prefopt.config import flag_of, parse_config
 from prefopt.errors import ConfigError
+from prefopt.failure import disk_full
 
-__all__ = ["explain", "with_flags_of"]
+__all__ = ["with_flags_of"]
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -31,8 +22,8 @@ _FIRST = ("model", "data", "out", "beta")  # what everybody has to give stands f
 
 
 def with_flags_of(
-    kind: type[C], *, positional: str | None = None, file: bool = False
-) -> Callable[..., Callable[..., None]]:
+    kind: type[C], *, positional: str | None = None, file: bool = False, json: bool = True
+) -> Callable[[Callable[[C, bool], None]], Callable[..., None]]:
     """Turn `command(config, json)` into a command with a flag for every field of `kind`.
 
     Values are handed to the model as they were typed, so that a flag and a YAML key are judged by
@@ -41,6 +32,7 @@ def with_flags_of(
     Args:
         positional: The field that is given without a flag.
         file: Whether `--config FILE.yaml` is taken, too.
+        json: Whether `--json` is taken.
     """
 
     def decorate(command: Callable[[C, bool], None]) -> Callable[..., None]:
@@ -48,38 +40,67 @@ def with_flags_of(
             as_json = bool(flags.pop("json", False))
             path = flags.pop("config", None)
             if positional is not None:
-                flags[positional] = positionals
+                flags[positional] = _positional(kind, positional, command.__name__, positionals)
             if flags.get("columns") is not None:
                 flags["columns"] = _pairs(flags["columns"])
-            command(parse_config(kind, None if path is None else Path(path), flags), as_json)
+            config = parse_config(kind, None if path is None else Path(path), flags)
+            try:
+                command(config, as_json)
+            except Exception as error:  # a full disk has as many names as there are libraries that write
+                full = disk_full(error, getattr(config, "out", None) or getattr(config, "run", None))
+                if full is None:
+                    raise
+                raise full from error
 
         run.__name__ = command.__name__
         run.__doc__ = command.__doc__
         run.__annotations__ = {}
-        run.__signature__ = _signature(kind, positional, file)  # type: ignore[attr-defined]
+        run.__signature__ = _signature(kind, positional, file, json)  # type: ignore[attr-defined]
         return run
 
     return decorate
 
 
-def _signature(kind: type[BaseModel], positional: str | None, file: bool) -> inspect.Signature:
+def positional_label(name: str) -> str:
+    """What help calls a field that is given without a flag."""
+    return "FILE" if name == "data" else name.upper()
+
+
+def _positional(kind: type[BaseModel], name: str, command: str, values: tuple[str, ...]) -> tuple[str, ...] | str:
+    several = get_origin(kind.model_fields[name].annotation) is tuple
+    if not values:
+        raise ConfigError(
+            f"{positional_label(name)} is missing.",
+            where=f"prefopt {command}",
+            expected=kind.model_fields[name].description,
+            todo=f"`prefopt {command} --help` shows examples.",
+        )
+    return values if several else values[0]
+
+
+def _signature(kind: type[BaseModel], positional: str | None, file: bool, json: bool) -> inspect.Signature:
     names = [n for n in _FIRST if n in kind.model_fields] + [n for n in kind.model_fields if n not in _FIRST]
-    parameters = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_flag(kind, name))
-        for name in names
-        if name != positional
-    ]
+    parameters = [_extra(name, None, _flag(kind, name)) for name in names if name != positional]
     if positional is not None:
-        described = Parameter(name="FILE", help=kind.model_fields[positional].description, show_default=False)
+        field = kind.model_fields[positional]
+        several = get_origin(field.annotation) is tuple
+        described = Parameter(name=positional_label(positional), help=field.description, show_default=False)
         parameters.insert(
             0,
-            inspect.Parameter("file", inspect.Parameter.VAR_POSITIONAL, annotation=Annotated[str, described]),
+            inspect.Parameter(
+                positional,
+                inspect.Parameter.VAR_POSITIONAL if several else inspect.Parameter.POSITIONAL_ONLY,
+                annotation=Annotated[str, described],
+            ),
         )
     if file:
         about = "YAML file with any of these settings (underscores in their names); flags win."
         parameters.append(_extra("config", None, Annotated[str | None, Parameter(help=about, metavar="FILE")]))
-    about = "Print one JSON object on stdout."
-    parameters.append(_extra("json", False, Annotated[bool, Parameter(help=about, negative=(), show_default=False)]))
+    if json:
+        about = "Print one JSON object on stdout."
+        parameters.append(
+            _extra("json", False, Annotated[bool, Parameter(help=about, negative=(), show_default=False)])
+        )
     return inspect.Signature(parameters)
 
 
@@ -96,7 +117,7 @@ def _flag(kind: type[BaseModel], name: str) -> object:
         return Annotated[bool | None, Parameter(**shown)]
     shown |= {"metavar": _metavar(plain), "negative": (), "allow_leading_hyphen": plain in (int, float)}
     if get_origin(plain) in (tuple, dict):
-        return Annotated[tuple[str, ...] | None, Parameter(**shown, consume_multiple=True)]
+        return Annotated[tuple[str, ...] | None, Parameter(**shown, consume_multiple=(1, None))]
     return Annotated[str | None, Parameter(**shown)]
 
 
@@ -114,7 +135,8 @@ def _help(field: FieldInfo, plain: Any) -> str:
         text += f" [{', '.join(get_args(plain))}]"
     if field.default is None:
         return text
-    return f"{text} [default: {str(field.default).lower() if plain is bool else field.default}]"
+    default = f"{field.default:g}".replace("e-0", "e-") if plain is float else str(field.default)
+    return f"{text} [default: {default.lower() if plain is bool else default}]"
 
 
 def _metavar(plain: Any) -> str:
@@ -141,69 +163,3 @@ def _pairs(texts: tuple[str, ...]) -> dict[str, str]:
             )
         found[ours] = theirs
     return found
-
-
-def explain(error: CycloptsError, commands: Mapping[str, object]) -> ConfigError:
-    """A complaint of the command-line parser as one of ours.
-
-    Args:
-        commands: Names of all commands.
-    """
-    chain = " ".join(("prefopt", *(error.command_chain or ())))
-    todo = f"`{chain} --help` lists what it takes."
-    if isinstance(error, UnknownCommandError):
-        given = (error.unused_tokens or [""])[0]
-        near = difflib.get_close_matches(given, list(commands), n=1)
-        return ConfigError(
-            f"There is no command {given!r}.",
-            where="command line",
-            got=given,
-            expected="one of " + ", ".join(commands),
-            todo=f"Did you mean `prefopt {near[0]}`?" if near else "`prefopt --help` says what each does.",
-        )
-    if isinstance(error, UnknownOptionError):
-        given = (error.token.keyword or error.token.value).partition("=")[0]
-        known = [n for a in error.argument_collection for n in a.names if a.parse and n.startswith("--")]
-        near = difflib.get_close_matches(given, known, n=1)
-        return ConfigError(
-            f"{chain} has no flag {given}.",
-            where="command line",
-            got=given,
-            expected=f"{near[0]}?" if near else None,
-            todo=todo,
-        )
-    if isinstance(error, UnusedCliTokensError):
-        left = " ".join(error.unused_tokens or [])
-        return ConfigError(
-            f"{chain} does not know what to do with {left!r}.",
-            where="command line",
-            got=left,
-            expected="a flag before every value; a value with blanks or a leading - in quotes, as --flag='value'",
-            todo=todo,
-        )
-    name = _name(error)
-    if isinstance(error, MissingArgumentError):
-        what = f"{name} needs a value." if name.startswith("-") and error.keyword else f"{name} is missing."
-        help = error.argument.parameter.help if error.argument else None
-        return ConfigError(what, where=chain, expected=help, todo=todo)
-    if isinstance(error, RepeatArgumentError):
-        return ConfigError(f"{name} is given twice.", where=chain, expected="every flag once", todo=todo)
-    if isinstance(error, CoercionError):
-        expected = {int: "a whole number", float: "a number", bool: "no value: it is a switch"}
-        return ConfigError(
-            f"{name} is not right.",
-            where=f"flag {name}",
-            got=error.token.value if error.token else None,
-            expected=expected.get(_without_none(error.target_type)),
-            todo=todo,
-        )
-    error.verbose = False
-    return ConfigError(str(error), where=chain, todo=todo)
-
-
-def _name(error: CycloptsError) -> str:
-    token = getattr(error, "token", None)
-    keyword = getattr(error, "keyword", None) or (token.keyword if token else None)
-    if keyword:
-        return str(keyword)
-    return error.argument.name if error.argument else "An argument"

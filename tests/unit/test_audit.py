@@ -1,5 +1,7 @@
 """The counts add up, whatever is found in a row."""
 
+import io
+
 import pytest
 from rich.console import Console
 
@@ -66,10 +68,10 @@ def test_table_shows_count_share_and_first_example() -> None:
     audit.format = "read as [pairs]"  # square brackets are text here, not markup
     audit.refuse(Source("f.jsonl", 2, 7), "wrong_type", "label is [bold]")
     audit.refuse(Source("f.jsonl", 3, 8), "wrong_type", "another")
-    console = Console(width=120, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
-    with console.file:
-        console.print(audit.table())
-    lines = console.export_text().splitlines()
+    console = Console(width=120, file=io.StringIO())
+    console.print(audit.table())
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
     assert lines[0].strip() == "read as [pairs]"
     (row,) = [line for line in lines if "wrong_type" in line]
     assert [cell.strip() for cell in row.split("│")[1:-1]] == [

@@ -3,8 +3,10 @@
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from prefopt.data.formats import parse_row
+from prefopt.data.formats import RECOGNISED, parse_row
 from prefopt.data.turns import shared_beginning
 from prefopt.records import Comparison, Demonstration, Message, Rating, Source
 
@@ -29,19 +31,19 @@ PAIR = Comparison((USER,), (GOOD,), (BAD,), SOURCE)
 
 PAIRS: list[tuple[str, dict[str, Any], Comparison]] = [
     (
-        "preference pairs (prompt, chosen, rejected as text)",
+        "preference pairs of text (prompt, chosen, rejected)",
         {"prompt": "Once", "chosen": " upon", "rejected": " more"},
         Comparison("Once", " upon", " more", SOURCE),
     ),
     (
-        "preference pairs (prompt, chosen, rejected as text)",
+        "preference pairs of text (prompt, chosen, rejected)",
         {"prompt": "", "chosen": "a ", "rejected": "b"},
         Comparison("", "a ", "b", SOURCE),
     ),
-    ("preference pairs (prompt, chosen, rejected as messages)", {"prompt": [U], "chosen": [A], "rejected": [B]}, PAIR),
-    ("preference pairs (prompt, chosen, rejected as messages)", {"prompt": "Hi?", "chosen": A, "rejected": B}, PAIR),
+    ("preference pairs of messages (prompt, chosen, rejected)", {"prompt": [U], "chosen": [A], "rejected": [B]}, PAIR),
+    ("preference pairs of messages (prompt, chosen, rejected)", {"prompt": "Hi?", "chosen": A, "rejected": B}, PAIR),
     (
-        "preference pairs (prompt, chosen, rejected as messages)",
+        "preference pairs of messages (prompt, chosen, rejected)",
         {"prompt": [U], "chosen": "Hello!", "rejected": "What."},
         PAIR,
     ),
@@ -153,12 +155,12 @@ OTHERS: list[tuple[str, Any, Demonstration | Rating]] = [
         Demonstration((USER,), (Message("assistant", "f()"), Message("tool", "42"), GOOD), SOURCE),
     ),
     (
-        "demonstrations (prompt, completion as text)",
+        "demonstrations of text (prompt, completion)",
         {"prompt": "Once", "completion": " upon", "weight": "2"},
         Demonstration("Once", " upon", SOURCE, 2.0),
     ),
     (
-        "demonstrations (prompt, completion as messages)",
+        "demonstrations of messages (prompt, completion)",
         {"prompt": [U], "completion": [A]},
         Demonstration((USER,), (GOOD,), SOURCE),
     ),
@@ -170,7 +172,7 @@ OTHERS: list[tuple[str, Any, Demonstration | Rating]] = [
     ("demonstrations (text)", {"text": " Once upon "}, Demonstration("", " Once upon ", SOURCE)),
     ("demonstrations (text)", "Once upon", Demonstration("", "Once upon", SOURCE)),
     (
-        "unpaired rows (prompt, completion, label as text)",
+        "unpaired rows of text (prompt, completion, label)",
         {"prompt": "Once", "completion": " upon", "label": 0},
         Rating("Once", " upon", False, SOURCE),
     ),
@@ -279,7 +281,7 @@ def test_text_parts_are_joined() -> None:
 def test_nul_and_lone_surrogates_are_replaced_and_said() -> None:
     parsed = parse_row({"prompt": "a\0b", "chosen": "c\ud800", "rejected": "d\udfff\0", "id": "\0"}, SOURCE)
     assert parsed.record == Comparison("a\ufffdb", "c\ufffd", "d\ufffd\ufffd", SOURCE)
-    assert parsed.mends == ("nul_characters", "lone_surrogates")
+    assert set(parsed.mends) == {"nul_characters", "lone_surrogates"}
 
 
 def test_unused_columns_are_known() -> None:
@@ -303,3 +305,22 @@ def test_unused_columns_are_known() -> None:
 def test_shared_beginning_ends_at_a_word_and_leaves_both_a_completion(chosen: str, rejected: str, shared: str) -> None:
     assert shared_beginning(chosen, rejected) == shared
     assert shared_beginning(rejected, chosen) == shared
+
+
+_CONTENT = st.one_of(
+    st.none(), st.text(alphabet="ab \n\0\ud800", max_size=4), st.sampled_from([HH, HH + " a", 3, 0.5, True])
+)
+_TURN = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system", "tool", 7]), "content": _CONTENT}
+)
+_VALUE = st.one_of(_CONTENT, _TURN, st.lists(st.one_of(_TURN, _CONTENT), max_size=4))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from(sorted(RECOGNISED)), _VALUE, max_size=6))
+def test_any_row_is_a_record_or_a_reason(row: dict[str, Any]) -> None:
+    parsed = parse_row(row, SOURCE)
+    assert (parsed.record is None) != (parsed.refusal is None)
+    if isinstance(parsed.record, Comparison):
+        assert parsed.record.chosen != parsed.record.rejected
+        assert type(parsed.record.prompt) is type(parsed.record.chosen) is type(parsed.record.rejected)

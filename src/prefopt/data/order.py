@@ -17,15 +17,21 @@ def split_by_prompt(
 
     Prompts are ranked by a seeded hash of their tokens and the first `share` of them (at least
     one, if `share` is positive and there are two prompts) is held out, so adding rows hardly
-    moves the others. Both lists keep the order of the file.
+    moves the others. Rows of plain text have no prompt and are split one by one. Both lists keep the order of the file.
     """
-    prompts = {g.prompt_ids.tobytes() for g in groups}
+    prompts = {_prompt(g) for g in groups}
     salt = str(seed).encode()
     ranked = sorted(prompts, key=lambda p: hashlib.blake2b(p, key=salt, digest_size=16).digest())
     wanted = max(1, round(share * len(ranked))) if share > 0 and len(ranked) > 1 else 0
     held = set(ranked[:wanted])
-    train = [g for g in groups if g.prompt_ids.tobytes() not in held]
-    return train, [g for g in groups if g.prompt_ids.tobytes() in held]
+    return [g for g in groups if _prompt(g) not in held], [g for g in groups if _prompt(g) in held]
+
+
+def _prompt(group: CompletionGroup) -> bytes:
+    """What identifies a group's prompt; plain text, whose prompt is one start token, is its own."""
+    if len(group.prompt_ids) > 1:
+        return group.prompt_ids.tobytes()
+    return b"".join(group.sequence_key(k) for k in range(len(group.completions)))
 
 
 def steps_per_epoch(rows: int, batch: int) -> int:

@@ -67,9 +67,10 @@ def load_model(path: str, *, dtype: torch.dtype, device: torch.device) -> Loaded
     base = _adapter_base(folder) if adapter else folder
     _inspect(base)
     _quiet()
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loading: Any = AutoModelForCausalLM.from_pretrained(
         base, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
     )
+    model, report = loading
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
             "The weights are incomplete.",
@@ -280,7 +281,7 @@ def _adapter_base(folder: Path) -> Path:
 
 
 def _check_vocabulary(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = int(model.get_input_embeddings().weight.size(0))
     top = max(tokenizer.get_vocab().values(), default=-1)
     if top >= rows:
         raise ModelError(
@@ -360,6 +361,7 @@ def save_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folde
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    _quiet()
     try:
         draft.chmod(0o755)
         assert isinstance(model, PreTrainedModel | PeftModel)

@@ -25,7 +25,7 @@ def make_policy(model: PreTrainedModel, config: TrainConfig) -> torch.nn.Module:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.lora_rank is None:
         return model
-    return add_lora(
+    adapted: torch.nn.Module = add_lora(
         model,
         rank=config.lora_rank,
         alpha=config.lora_alpha or config.lora_rank,
@@ -33,3 +33,4 @@ def make_policy(model: PreTrainedModel, config: TrainConfig) -> torch.nn.Module:
         targets=config.lora_targets,
         seed=config.seed,
     )
+    return adapted

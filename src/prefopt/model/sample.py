@@ -120,7 +120,9 @@ def _generate(
     device = next(model.parameters()).device
     if config.num_return_sequences != 1 and not config.do_sample:
         config.num_return_sequences = 1  # greedy decoding has one answer
-    out = model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=config)
+    out = model.generate(  # type: ignore[operator]
+        ids.to(device), attention_mask=mask.to(device), generation_config=config
+    )
     repeats = len(out) // len(batch)
     for row, full in enumerate(out.cpu().numpy().astype(np.int32)):
         new = full[longest:]

@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from prefopt.model.load import save_model
 from prefopt.quickstart.corpus import reviews
 
 __all__ = ["new_model", "save_seed_model", "train_tokenizer"]
@@ -75,5 +76,4 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM
 def save_seed_model(folder: Path, seed: int) -> None:
     """Write an untrained model and its tokenizer to `folder`, as `save_pretrained` does."""
     tokenizer = train_tokenizer(review.text for review in reviews(2000, seed))
-    new_model(tokenizer, seed).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_model(new_model(tokenizer, seed), tokenizer, folder)

@@ -1,16 +1,14 @@
 """The data doctor: read and, if a model is named, tokenise, then print what became of every row."""
 
 import json
-import sys
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Sequence
 
 from rich.console import Console
 
+from prefopt.config import CheckConfig, DataConfig
 from prefopt.data.audit import Audit
 from prefopt.data.read import read_records
 from prefopt.data.tokenize import Renderer, tokenize
-from prefopt.errors import ConfigError
 from prefopt.model.load import eos_ids, load_config, load_tokenizer, max_positions
 from prefopt.progress import say
 from prefopt.records import Record
@@ -19,59 +17,39 @@ from prefopt.setup import length_limit
 __all__ = ["check"]
 
 
-def check(
-    sources: Sequence[str],
-    *,
-    model: str | None,
-    template: Literal["auto", "chat", "plain"],
-    max_length: int | None,
-    max_prompt_length: int | None,
-    columns: Mapping[str, str] | None,
-    split: str | None,
-    as_json: bool,
-) -> bool:
-    """Print the table (or one JSON object) of rows kept, mended and refused; True if any is usable.
+def check(config: CheckConfig, *, as_json: bool = False) -> bool:
+    """Print the table and a verdict, or one JSON object; True if any row is usable.
 
-    Args:
-        model: Whose tokenizer and positions are applied, so that cut and over-long rows count too.
-
-    Raises:
-        ConfigError: a length or template is given without a model, and would do nothing.
+    With a model its tokenizer and positions are applied, so that cut and over-long rows count too.
     """
     audit = Audit()
-    if model is None:
-        _refuse_without_model(template, max_length, max_prompt_length)
-    records = read_records(sources, audit=audit, columns=columns, split=split)
-    if model is not None:
-        _tokenize(records, model, template, max_length, max_prompt_length, audit)
+    records = read_records(config.data, audit=audit, columns=config.columns, split=config.split)
+    if config.model is not None:
+        _tokenize(records, config.model, config, audit)
     if as_json:
-        print(json.dumps(audit.as_json()))
+        print(json.dumps(audit.as_json(), ensure_ascii=False))
     else:
-        Console(file=sys.stdout).print(audit.table())
+        console = Console()
+        with console.capture() as table:  # rich would answer a closed pipe with an exit code of its own
+            console.print(audit.table())
+        print(table.get() + _verdict(audit))
     return audit.rows > audit.refused
 
 
-def _refuse_without_model(template: str, max_length: int | None, max_prompt_length: int | None) -> None:
-    given = {"template": template != "auto", "max_length": max_length, "max_prompt_length": max_prompt_length}
-    for name, value in given.items():
-        if value:
-            raise ConfigError(
-                f"{name} does nothing without a model: lengths and templates are a tokenizer's.",
-                where=f"flag --{name.replace('_', '-')}",
-                todo="Add --model.",
-            )
-
-
-def _tokenize(
-    records: Sequence[Record],
-    model: str,
-    template: Literal["auto", "chat", "plain"],
-    max_length: int | None,
-    max_prompt_length: int | None,
-    audit: Audit,
-) -> None:
-    tokenizer, config = load_tokenizer(model), load_config(model)
-    renderer = Renderer(tokenizer, template=template, eos_ids=eos_ids(model, tokenizer))
-    limit = length_limit(max_length, max_positions(config))
+def _tokenize(records: Sequence[Record], model: str, config: CheckConfig, audit: Audit) -> None:
+    tokenizer, shape = load_tokenizer(model), load_config(model)
+    renderer = Renderer(tokenizer, template=config.template, eos_ids=eos_ids(model, tokenizer))
+    limit = length_limit(config.max_length, max_positions(shape))
     say(f"conversations: {renderer.description}; at most {limit} tokens")
-    tokenize(records, renderer, max_length=limit, max_prompt_length=max_prompt_length or limit // 2, audit=audit)
+    prompt_limit = config.max_prompt_length or limit // 2
+    tokenize(records, renderer, max_length=limit, max_prompt_length=prompt_limit, audit=audit)
+
+
+def _verdict(audit: Audit) -> str:
+    usable, limit = audit.rows - audit.refused, DataConfig.model_fields["max_refused"].default
+    if not usable:
+        return "No row is usable."
+    verdict = f"{usable:,} of {audit.rows:,} rows are usable."
+    if audit.refused > limit * audit.rows:
+        verdict += f" Training stops when more than {limit:.0%} are refused, unless --max-refused is raised."
+    return verdict

@@ -21,7 +21,8 @@ __all__ = ["Panel", "draw_panels"]
 
 Metrics = Sequence[Mapping[str, Any]]
 
-_MOST_POINTS = 400  # of a line; longer ones are averaged over neighbouring steps, and the caption says so
+_MOST_POINTS = 400  # of a training line; longer ones are averaged over neighbouring steps, and the page says so
+_MOST_DOTS = 24  # of a held-out line
 
 # Drawn with these stand-ins, which become CSS variables.
 _INK, _MUTED, _GRID = "#010101", "#020202", "#030303"
@@ -36,7 +37,7 @@ _VARIABLES = {
 _RC = {
     "svg.fonttype": "none",
     "svg.image_inline": True,
-    "font.size": 9,
+    "font.size": 11,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "axes.edgecolor": _MUTED,
@@ -52,11 +53,15 @@ _RC = {
 
 @dataclass(frozen=True)
 class Panel:
-    """A curve with its heading and the line that says how to read it."""
+    """A curve with its heading and the line that says how to read it.
+
+    `averaged`: how many steps each point of its training lines is the mean of.
+    """
 
     title: str
     caption: str
     svg: Markup
+    averaged: int
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,7 @@ _PLANS = (
         "Mean of sigmoid(\N{MINUS SIGN}margin): how much of its gradient a pair still gets. "
         "Starts at 0.5; near 0 there is little left to learn.",
         {"importance_weight": ""},
+        level=(0.5, "no margin"),
         limits=(0.0, 1.0),
     ),
     _Plan("Learning rate", "The schedule as it was run.", {"lr": ""}),
@@ -168,11 +174,12 @@ def draw_panels(metrics: Metrics) -> list[Panel]:
 class _Line:
     steps: list[float]
     values: list[float]
+    last: float
     averaged: int  # steps in a point
 
 
 def _line(metrics: Metrics, split: str, name: str) -> _Line | None:
-    """The finite values of a metric; long lines are averaged over runs of neighbouring steps."""
+    """The finite values of a metric; long training lines are averaged over runs of neighbouring steps."""
     points = sorted(
         (float(line["step"]), float(line[name]))
         for line in metrics
@@ -183,17 +190,17 @@ def _line(metrics: Metrics, split: str, name: str) -> _Line | None:
     )
     if not points:
         return None
-    size = math.ceil(len(points) / _MOST_POINTS)
+    size = math.ceil(len(points) / _MOST_POINTS) if split == "train" else 1
     parts = [points[i : i + size] for i in range(0, len(points), size)]
     steps, values = ([sum(p[k] for p in part) / len(part) for part in parts] for k in (0, 1))
-    return _Line(steps, values, size)
+    return _Line(steps, values, points[-1][1], size)
 
 
 def _panel(plan: _Plan, metrics: Metrics, number: int) -> Panel:
     averaged = 1
     with mpl.rc_context({**_RC, "svg.hashsalt": f"prefopt {number}"}):
-        figure = Figure(figsize=(4.6, 2.5), dpi=72)
-        axes = figure.add_axes((0.125, 0.16, 0.685, 0.77))
+        figure = Figure(figsize=(4.25, 2.4), dpi=72)
+        axes = figure.add_axes((0.15, 0.185, 0.625, 0.715))
         _frame(axes)
         ends: list[tuple[float, str, str]] = []  # height, text, colour
         for (name, label), colour, style in zip(plan.lines.items(), _LINES, ("-", (0, (4, 2))), strict=False):
@@ -203,15 +210,15 @@ def _panel(plan: _Plan, metrics: Metrics, number: int) -> Panel:
                 axes.plot(train.steps, train.values, color=colour, ls=style, lw=1.4 if bold else 0.9, zorder=2)
                 averaged = max(averaged, train.averaged)
                 if bold or not label:
-                    ends.append((train.values[-1], label or "train", colour))
+                    ends.append((train.last, label or "train", colour))
             if held_out:
-                axes.plot(held_out.steps, held_out.values, color=colour, ls=style, lw=2.2, marker="o", ms=4.5, zorder=3)
-                ends.append((held_out.values[-1], label or "held-out", colour))
+                dot = "o" if len(held_out.steps) <= _MOST_DOTS else ""
+                axes.plot(held_out.steps, held_out.values, color=colour, ls=style, lw=2.2, marker=dot, ms=4.5, zorder=3)
+                ends.append((held_out.last, label or "held-out", colour))
         _scale(axes, plan)
         _name_ends(axes, ends)
         svg = _svg(figure, f"{plan.title}: " + ", ".join(f"{text} ends at {value:.4g}" for value, text, _ in ends))
-    note = f" Each training point is the mean of {averaged} steps." if averaged > 1 else ""
-    return Panel(plan.title, plan.caption + note, svg)
+    return Panel(plan.title, plan.caption, svg, averaged)
 
 
 def _frame(axes: Any) -> None:
@@ -221,7 +228,8 @@ def _frame(axes: Any) -> None:
     axes.set_axisbelow(True)
     axes.tick_params(length=0, pad=4)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+    axes.ticklabel_format(axis="y", scilimits=(-2, 5), useOffset=False)
     axes.margins(x=0.02, y=0.12)
 
 
@@ -232,21 +240,26 @@ def _scale(axes: Any, plan: _Plan) -> None:
         axes.axhline(height, color=_MUTED, lw=1.0, ls=(0, (1, 2)), zorder=1)
         if name:
             spot = axes.get_yaxis_transform()
-            axes.text(0.995, height, name, transform=spot, ha="right", va="bottom", color=_MUTED, fontsize=8)
+            axes.text(0.995, height, name, transform=spot, ha="right", va="bottom", color=_MUTED, fontsize=10)
     if plan.limits:
         low, high = plan.limits
         axes.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
     elif axes.get_ylim()[1] >= 10_000:
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.set_xlabel("step", loc="right", labelpad=1, fontsize=8)
+    axes.set_xlabel("step", loc="right", labelpad=1, fontsize=10)
 
 
 def _name_ends(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
     """Each line's name and last value, right of its end; names that would overlap are moved apart."""
     low, high = axes.get_ylim()
-    heights = _apart([(value - low) / (high - low) for value, _, _ in ends], gap=0.21)
+    heights = _apart([(value - low) / (high - low) for value, _, _ in ends], gap=0.28)
     for height, (value, text, colour) in zip(heights, ends, strict=True):
-        axes.text(1.03, height, f"{text}\n{value:.3g}", transform=axes.transAxes, va="center", color=colour)
+        axes.text(1.03, height, f"{text}\n{_short(value)}", transform=axes.transAxes, va="center", color=colour)
+
+
+def _short(value: float) -> str:
+    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def _apart(heights: Sequence[float], gap: float) -> list[float]:

@@ -156,17 +156,15 @@ def _context(told: _Told) -> dict[str, Any]:
             {"step": event.get("step"), "sentence": str(event.get("sentence", ""))} for event in told.of_event("warned")
         ],
         "panels": draw_panels(told.metrics),
+        "splits": {line.get("split") for line in told.metrics},
+        "pairs": any("rewards/rejected" in line for line in told.metrics),
         "samples": [
             {name: _text(sample.get(name)) for name in ("prompt", "before", "after")} for sample in told.samples
         ],
         "rows": _rows(told.audit),
         "facts": _facts(told),
         "files": _files(told.manifest),
-        "history": [
-            {"time": _clock(event.get("time")), "step": event.get("step"), "event": event["event"]}
-            for event in told.events
-            if event.get("event") in _HISTORY
-        ],
+        "history": _history(told),
         "config": told.config,
         "versions": told.manifest.get("versions") or {},
     }
@@ -299,12 +297,30 @@ def _seconds(told: _Told) -> float | None:
     return total if before is not None and len(told.events) > 1 else None
 
 
+def _history(told: _Told) -> list[tuple[str, str]]:
+    """(what, when) of a run's turning points; of checkpoints the last one, with how many there were."""
+    saved = list(told.of_event("saved"))
+    found = []
+    for event in told.events:
+        name = event.get("event")
+        if name not in _HISTORY or (name == "saved" and event is not saved[-1]):
+            continue
+        what = f"{name} at step {event.get('step', 0):,}"
+        if name == "saved" and len(saved) > 1:
+            what = f"saved {len(saved)} times, last at step {event.get('step', 0):,}"
+        found.append((what, _clock(event.get("time"))))
+    return found
+
+
 def _rates(told: _Told) -> Iterator[tuple[str, str]]:
     """Throughput (the median step's) and the most memory held."""
-    for name, unit in (("tokens_per_second", "tokens"), ("pairs_per_second", "pairs"), ("rows_per_second", "rows")):
-        values = [line[name] for line in told.of_split("train") if name in line]
+    rates = []
+    for unit in ("tokens", "pairs", "rows"):
+        values = [line[f"{unit}_per_second"] for line in told.of_split("train") if f"{unit}_per_second" in line]
         if values:
-            yield "Throughput", f"{_number(median(values))} {unit} a second (median step)"
+            rates.append(f"{_number(median(values))} {unit}")
+    if rates:
+        yield "Throughput", " or ".join(rates) + " a second (median step)"
     memory = [line["peak_memory_bytes"] for line in told.metrics if "peak_memory_bytes" in line]
     if memory:
         yield "Peak memory", f"{_number(max(memory) / 1e9)} GB" if max(memory) >= 1e9 else f"{max(memory) / 1e6:.0f} MB"
@@ -336,7 +352,7 @@ def _number(value: Any) -> str:
         return f"{value:,.0f}".replace("-", "\N{MINUS SIGN}")
     if not math.isfinite(value):
         return str(value)
-    text = f"{value:.3g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.2e}"
+    text = f"{value:#.3g}".rstrip(".") if abs(value) >= 1e-3 else f"{value:.2e}" if value else "0"
     return text.replace("-", "\N{MINUS SIGN}", 1) if value < 0 else text
 
 
@@ -346,11 +362,9 @@ def _value(value: Any) -> str:
         return ", ".join(_value(item) for item in value)
     if isinstance(value, Mapping):
         return ", ".join(f"{key}: {_value(item)}" for key, item in value.items())
-    return (
-        {True: "yes", False: "no", None: "not set"}[value]
-        if value is None or value is True or value is False
-        else str(value)
-    )
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "not set" if value is None else str(value)
 
 
 def _duration(seconds: float) -> str:
@@ -363,11 +377,12 @@ def _duration(seconds: float) -> str:
 def _clock(time: Any) -> str:
     """Date and time to the second, as the event has it."""
     try:
-        return datetime.fromisoformat(str(time)).strftime("%Y-%m-%d %H:%M:%S")
+        return datetime.fromisoformat(str(time)).strftime("%Y-%m-%d %H:%M:%S %Z").strip()
     except ValueError:
         return str(time or "")
 
 
 def _text(value: Any) -> dict[str, Any]:
+    """A sample's text, without the space that joins a continuation to its prompt."""
     text = value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
-    return {"text": text, "long": len(text) > _LONG_TEXT}
+    return {"text": text.removeprefix(" "), "long": len(text) > _LONG_TEXT}
