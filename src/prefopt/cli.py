@@ -101,7 +101,7 @@ def quickstart(config: QuickstartConfig, as_json: bool) -> None:
 @_command(
     CheckConfig,
     "  prefopt check pairs.jsonl\n"
-    "  prefopt check pairs.jsonl --model path/to/model --max-length 512\n"
+    "  prefopt check pairs.jsonl --model models/base --max-length 512\n"
     "  prefopt check table.parquet --columns prompt=question chosen=best rejected=worst --json",
     positional="data",
 )
@@ -115,8 +115,8 @@ def check(config: CheckConfig, as_json: bool) -> None:
 
 @_command(
     SFTConfig,
-    "  prefopt sft --model path/to/model --data demonstrations.jsonl --out runs/sft\n"
-    "  prefopt sft --model path/to/model --data pairs.jsonl --out runs/sft --lora-rank 16 --lr 1e-4\n"
+    "  prefopt sft --model models/base --data demonstrations.jsonl --out runs/sft\n"
+    "  prefopt sft --model models/base --data pairs.jsonl --out runs/sft --lora-rank 16 --lr 1e-4\n"
     "  prefopt sft --config configs/sft.yaml --epochs 3",
     file=True,
 )
@@ -129,8 +129,8 @@ def sft(config: SFTConfig, as_json: bool) -> None:
 
 @_command(
     DPOConfig,
-    "  prefopt dpo --model path/to/model --data pairs.jsonl --out runs/dpo --beta 0.1\n"
-    "  prefopt dpo --model path/to/model --data pairs.jsonl --out runs/dpo --beta 0.1 --lora-rank 16 --lr 5e-6\n"
+    "  prefopt dpo --model models/base --data pairs.jsonl --out runs/dpo --beta 0.1\n"
+    "  prefopt dpo --model models/base --data pairs.jsonl --out runs/lora --beta 0.1 --lora-rank 16\n"
     "  prefopt dpo --config configs/dpo.yaml --seed 1",
     file=True,
 )
@@ -152,7 +152,7 @@ def resume(config: ResumeConfig, as_json: bool) -> None:
 @_command(
     ScoreConfig,
     "  prefopt score --model runs/dpo --data pairs.jsonl --out scores.jsonl\n"
-    "  prefopt score --model runs/dpo --reference path/to/model --data pairs.jsonl --out scores.jsonl --beta 0.1",
+    "  prefopt score --model runs/dpo --reference models/base --data pairs.jsonl --out rewards.jsonl",
     file=True,
 )
 def score(config: ScoreConfig, as_json: bool) -> None:
@@ -165,7 +165,7 @@ def score(config: ScoreConfig, as_json: bool) -> None:
 
 @_command(
     ChatConfig,
-    '  prefopt chat runs/dpo\n  prefopt chat path/to/model --system "Answer in one sentence." --temperature 0',
+    '  prefopt chat runs/dpo\n  prefopt chat models/base --system "Answer in one sentence." --temperature 0',
     positional="model",
     json=False,
 )

@@ -40,13 +40,9 @@ def exit_code(run: Callable[[], object], tokens: Sequence[str], commands: Mappin
         commands: Names of all commands, for a hint.
     """
     try:
-        run()
-        _flush()
-        return 0
-    except CycloptsError as error:
-        return _fail(_explain(error, commands), tokens)
-    except PrefoptError as error:
-        return _fail(error, tokens)
+        code = _attempt(run, tokens, commands)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -54,25 +50,32 @@ def exit_code(run: Callable[[], object], tokens: Sequence[str], commands: Mappin
         _drop_output()  # whoever read it has left
         return 141
     except OSError as error:
-        if error.errno not in _FORBIDDEN or error.filename is None:
+        refused = disk_full(error, None) or _forbidden(error)
+        if refused is None:
             raise
-        refused = _SystemRefused(
-            "The system does not allow this.",
-            where=str(error.filename),
-            got=error.strerror,
-            expected="a place that can be read and written",
-            todo="Check the path and its permissions.",
-        )
         return _fail(refused, tokens)
 
 
-def _flush() -> None:
+def _attempt(run: Callable[[], object], tokens: Sequence[str], commands: Mapping[str, object]) -> int:
     try:
-        sys.stdout.flush()
-    except OSError as error:
-        if full := disk_full(error, None):
-            raise full from error
-        raise
+        run()
+        return 0
+    except CycloptsError as error:
+        return _fail(_explain(error, commands), tokens)
+    except PrefoptError as error:
+        return _fail(error, tokens)
+
+
+def _forbidden(error: OSError) -> PrefoptError | None:
+    if error.errno not in _FORBIDDEN or error.filename is None:
+        return None
+    return _SystemRefused(
+        "The system does not allow this.",
+        where=str(error.filename),
+        got=error.strerror,
+        expected="a place that can be read and written",
+        todo="Check the path and its permissions.",
+    )
 
 
 def _drop_output() -> None:

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from prefopt.cli import main
-
 from tiny import save_tiny_model, write_pairs
 
 TIMING = {"tokens_per_second", "pairs_per_second", "rows_per_second", "peak_memory_bytes"}

@@ -23,10 +23,13 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 ROW = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
 
 
-def prefopt(*arguments: str, stdout: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
+def prefopt(
+    *arguments: str, stdout: int = subprocess.PIPE, unbuffered: bool = False
+) -> subprocess.CompletedProcess[str]:
     """The program in a process of its own, as a shell starts it."""
-    command = [sys.executable, "-m", "prefopt", *arguments]
-    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60)
+    command = [sys.executable, *(["-u"] if unbuffered else []), "-m", "prefopt", *arguments]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60, env=environment)
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -191,18 +194,19 @@ def test_check_with_nothing_usable_leaves_with_2(tmp_path: Path, capsys: pytest.
 
 
 def test_the_program_leaves_without_a_traceback(tmp_path: Path) -> None:
-    done = prefopt("check", str(tmp_path / "none.jsonl"), "--json")
+    done = prefopt("dpo", "--config", str(tmp_path / "none.yaml"), "--json")
     assert done.returncode == 2
-    assert str(tmp_path / "none.jsonl") in done.stderr
+    assert done.stderr.startswith("error: The configuration file cannot be read.")
     assert "Traceback" not in done.stderr
-    assert json.loads(done.stdout)["error"]["where"] == str(tmp_path / "none.jsonl")
+    assert json.loads(done.stdout)["error"]["where"] == str(tmp_path / "none.yaml")
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
+@pytest.mark.parametrize("unbuffered", [False, True])
+def test_a_reader_that_leaves_is_no_error(unbuffered: bool) -> None:
     read, write = os.pipe()
     os.close(read)
     try:
-        done = prefopt("merge", "--json", stdout=write)
+        done = prefopt("merge", "--json", stdout=write, unbuffered=unbuffered)
     finally:
         os.close(write)
     assert done.returncode == 141
@@ -224,9 +228,10 @@ def test_a_full_disk_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
-def test_a_full_standard_output_is_named() -> None:
+@pytest.mark.parametrize("unbuffered", [False, True])
+def test_a_full_standard_output_is_named(unbuffered: bool) -> None:
     with open("/dev/full", "w") as full:
-        done = prefopt("--version", stdout=full.fileno())
+        done = prefopt("--version", stdout=full.fileno(), unbuffered=unbuffered)
     assert done.returncode == 2
     assert (
         done.stderr

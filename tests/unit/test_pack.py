@@ -54,7 +54,7 @@ def test_every_row_once_an_epoch_in_an_order_of_its_own(rows: int, batch: int) -
 
 
 def test_no_prompt_on_both_sides_of_the_split() -> None:
-    groups = [group([p], completion(p, r), row=10 * p + r) for p in range(1, 21) for r in range(1, 4)]
+    groups = [group([p, 1], completion(p, r), row=10 * p + r) for p in range(1, 21) for r in range(1, 4)]
     train, held = split_by_prompt(groups, 0.25, seed=3)
     sides = [{g.prompt_ids.tobytes() for g in side} for side in (train, held)]
     assert not sides[0] & sides[1]
@@ -62,6 +62,12 @@ def test_no_prompt_on_both_sides_of_the_split() -> None:
     assert len(train) + len(held) == len(groups)
     assert [g.source.row for g in train] == sorted(g.source.row for g in train)
     assert split_by_prompt(groups, 0.25, seed=4)[1] != held
+
+
+def test_plain_text_without_a_prompt_is_split_row_by_row() -> None:
+    groups = [group([1], completion(5, n), row=n) for n in range(1, 11)]
+    train, held = split_by_prompt(groups, 0.2, seed=0)
+    assert (len(train), len(held)) == (8, 2)
 
 
 def test_nothing_is_held_out_at_share_zero() -> None:

@@ -281,7 +281,7 @@ def _adapter_base(folder: Path) -> Path:
 
 
 def _check_vocabulary(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = int(model.get_input_embeddings().weight.size(0))
+    rows = len(model.get_input_embeddings().state_dict()["weight"])
     top = max(tokenizer.get_vocab().values(), default=-1)
     if top >= rows:
         raise ModelError(

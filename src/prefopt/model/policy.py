@@ -22,7 +22,10 @@ def make_policy(model: PreTrainedModel, config: TrainConfig) -> torch.nn.Module:
             module.attention_dropout = 0.0  # type: ignore[assignment]
     model.requires_grad_(True)
     if config.checkpoint_activations:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        else:  # its name before transformers 5.23
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.lora_rank is None:
         return model
     adapted: torch.nn.Module = add_lora(

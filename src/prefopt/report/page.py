@@ -268,7 +268,7 @@ def _facts(told: _Told) -> list[tuple[str, str, str]]:
     if "reference" in manifest:
         found.append(("Reference", str(config.get("reference") or "the starting model"), manifest["reference"]))
     found += [(label, "", manifest.get(key)) for label, key in (("Tokenizer", "tokenizer"), ("Template", "template"))]
-    for event in told.of_event("path"):
+    for event in list(told.of_event("path"))[-1:]:
         found.append(("Log-probabilities", *_path(event)))
     seconds = _seconds(told)
     found.append(("Time taken", _duration(seconds) if seconds is not None else "", None))
@@ -285,15 +285,18 @@ def _path(event: Mapping[str, Any]) -> tuple[str, str]:
 
 def _seconds(told: _Told) -> float | None:
     """From the first event to the last, less the pauses before each time the run was resumed."""
-    total, before = 0.0, None
+    total, before, known = 0.0, None, set[str]()
     for event in told.events:
         try:
             now = datetime.fromisoformat(str(event.get("time")))
-            if before is not None and event.get("event") != "resumed":
+            name = str(event.get("event"))
+            # A resumed run chooses its path again, and then says that it is resumed.
+            if before is not None and name != "resumed" and not (name == "path" and name in known):
                 total += (now - before).total_seconds()
         except (ValueError, TypeError):  # no time, or one with and one without a zone
             return None
         before = now
+        known.add(name)
     return total if before is not None and len(told.events) > 1 else None
 
 

@@ -5,14 +5,15 @@ any update. A checkpoint at step k comes before anything else at k: a resumed ru
 """
 
 import math
+import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-import psutil
 import torch
 
 from prefopt.config import TrainConfig
@@ -104,6 +105,9 @@ def fit(
         SystemExit: 130 or 143 after SIGINT or SIGTERM, the state saved.
     """
     steps = total_steps(config, len(groups), objective.batch)
+    torch.manual_seed(config.seed)
+    # Only a LoRA adapter's dropout and recomputed activations ask for training mode; the model's own dropout is off.
+    training_mode = config.checkpoint_activations or bool(config.lora_dropout)
     masters = Masters(policy.parameters())
     optimizer = make_optimizer(config.optimizer, masters.parameters, lr=objective.lr, weight_decay=config.weight_decay)
     state = _State(run, config, policy, masters, optimizer)
@@ -122,6 +126,7 @@ def fit(
             if interruption.signal:
                 _leave(run, step, steps, interruption.signal)
             if objective.evaluate and step in evaluations:
+                policy.eval()
                 _log(run, health, step, "eval", objective.evaluate())
             if step == steps:
                 break
@@ -130,6 +135,7 @@ def fit(
             lr = learning_rate(step, total=steps, peak=objective.lr, warmup=config.warmup, schedule=config.schedule)
             for parameters in optimizer.param_groups:
                 parameters["lr"] = lr
+            policy.train(training_mode)
             began = time.perf_counter()
             try:
                 result = train_step(
@@ -189,13 +195,8 @@ def peak_memory_bytes() -> int:
     """Most memory the process has held: on the GPU if there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    memory = psutil.Process().memory_info()
-    if hasattr(memory, "peak_wset"):
-        return int(memory.peak_wset)
-    import resource
-
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes if psutil.MACOS else kilobytes * 1024
+    return kilobytes if sys.platform == "darwin" else kilobytes * 1024
 
 
 class _State:
