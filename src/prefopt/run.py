@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,9 +15,13 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from prefopt.errors import RunError
+from prefopt.errors import NonFiniteError, RunError
+from prefopt.progress import warn
 
 __all__ = ["RunFolder", "check_manifest", "file_sha256", "sync_folder", "write_atomically"]
+
+# Events of the run as a whole; all others belong to a step and are told again when it is done again.
+_HISTORY = frozenset({"started", "path", "saved", "interrupted", "resumed"})
 
 
 def file_sha256(path: Path) -> str:
@@ -36,7 +40,22 @@ def sync_folder(path: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """`path` holds all of `content` or what it held before, whatever happens."""
+    """`path` holds all of `content` or what it held before, whatever happens.
+
+    A link is followed: what it points to is written.
+
+    Raises:
+        RunError: `path` is a folder or a device, which cannot be replaced whole.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise RunError(
+            "The output cannot be written here.",
+            where=str(path),
+            got="a folder" if path.is_dir() else "a pipe or a device",
+            expected="a file, or a name that is free",
+            todo="Choose another --out.",
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -44,9 +63,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp makes private files; this one is as any other
+        os.chmod(name, _allowed(0o666))  # mkstemp makes private files; this one is as any other
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
@@ -63,13 +80,19 @@ class RunFolder:
     @staticmethod
     def refuse_taken(path: Path) -> None:
         """Raise RunError if anything stands at `path`; cheap, so recipes ask before they load a model."""
-        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
             return
-        if (path / "config.yaml").exists() and not RunFolder(path).finished:
+        if (path / "manifest.json").exists() and _unfinished(RunFolder(path)):
             todo = f"Go on with it by `prefopt resume {path}`, or choose another --out."
         else:
             todo = "Choose another --out; nothing is ever written over."
-        raise RunError("The output folder is not empty.", where=str(path), got=_contents(path), todo=todo)
+        raise RunError(
+            "The output folder is not empty." if path.is_dir() else "The output folder cannot be made.",
+            where=str(path),
+            got=_contents(path),
+            expected="an empty folder, or a name that is free",
+            todo=todo,
+        )
 
     @classmethod
     def create(cls, path: Path, *, recipe: str, config: BaseModel, manifest: Mapping[str, Any]) -> "RunFolder":
@@ -79,20 +102,21 @@ class RunFolder:
             RunError: something stands at `path` already.
         """
         cls.refuse_taken(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        target = path.resolve()  # of a link to an empty folder, the folder is filled
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
         try:
-            draft.chmod(0o755)
+            draft.chmod(_allowed(0o777))
             write_atomically(draft / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False).encode())
             facts = {"recipe": recipe, "created": _now(), **manifest}
             write_atomically(draft / "manifest.json", (json.dumps(facts, indent=2) + "\n").encode())
-            if path.exists():
-                path.rmdir()  # empty, as refuse_taken saw
-            os.rename(draft, path)
+            if target.exists():
+                target.rmdir()  # empty, as refuse_taken saw
+            os.rename(draft, target)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
-        sync_folder(path.parent)
+        sync_folder(target.parent)
         return cls(path)
 
     @classmethod
@@ -103,29 +127,28 @@ class RunFolder:
             RunError: there is none, or its configuration or manifest is damaged.
         """
         run = cls(path)
-        try:
-            ok = isinstance(run.config_dict, dict) and isinstance(run.manifest.get("recipe"), str)
-        except (OSError, ValueError, yaml.YAMLError, AttributeError) as error:
+        if not all((path / name).is_file() for name in ("config.yaml", "manifest.json")):
             raise RunError(
                 "This is no run folder.",
                 where=str(path),
                 got=_contents(path) if path.exists() else "nothing there",
                 expected="a folder with config.yaml and manifest.json, as `prefopt sft` and `prefopt dpo` make",
-            ) from error
-        if not ok:
-            raise RunError("The run folder is damaged.", where=str(path / "manifest.json"), expected="a recipe's name")
+                todo="Check the path: it is what --out was.",
+            )
+        _check(path / "config.yaml", lambda: run.config_dict, dict)
+        _check(path / "manifest.json", lambda: run.manifest["recipe"], str)
         return run
 
     @property
     def config_dict(self) -> dict[str, Any]:
         """The resolved configuration the run was started with."""
-        loaded: dict[str, Any] = yaml.safe_load((self.path / "config.yaml").read_text())
+        loaded: dict[str, Any] = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
         return loaded
 
     @property
     def manifest(self) -> dict[str, Any]:
         """Hashes of what the run is made of, and versions."""
-        loaded: dict[str, Any] = json.loads((self.path / "manifest.json").read_text())
+        loaded: dict[str, Any] = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
         return loaded
 
     @property
@@ -148,15 +171,21 @@ class RunFolder:
         """Whether the model has been saved."""
         return any(event["event"] == "finished" for event in self.events())
 
-    def log_metrics(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
+    def log_metrics(self, step: int, split: str, metrics: Mapping[str, float | int]) -> None:
         """Append one line to metrics.jsonl; numbers are exact.
 
         Raises:
-            ValueError: a metric is NaN or infinite (a bug: steps check before they log).
+            NonFiniteError: a metric is NaN or infinite; nothing is written.
         """
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise ValueError(f"metric {name} at step {step} is {value}")
+        bad = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+        if bad:
+            raise NonFiniteError(
+                "A metric is not finite.",
+                where=f"{split} metrics at step {step}",
+                got=", ".join(f"{name} = {value}" for name, value in bad.items()),
+                expected="finite numbers",
+                todo="Lower --lr or use --dtype float32; `prefopt check` shows rows that stand out.",
+            )
         _append(self.path / "metrics.jsonl", {"step": step, "split": split, **metrics})
 
     def event(self, event: str, *, step: int, **fields: Any) -> None:
@@ -164,41 +193,79 @@ class RunFolder:
         _append(self.path / "events.jsonl", {"time": _now(), "step": step, "event": event, **fields})
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl; a line torn by a kill is left out."""
+        """All lines of metrics.jsonl; a line torn by a kill is left out.
+
+        Raises:
+            RunError: a whole line cannot be read; it is named.
+        """
         return _lines(self.path / "metrics.jsonl")
 
     def events(self) -> list[dict[str, Any]]:
-        """All lines of events.jsonl; a line torn by a kill is left out."""
+        """All lines of events.jsonl, as `metrics`."""
         return _lines(self.path / "events.jsonl")
 
     def rewind(self, step: int) -> None:
         """Forget what lost steps recorded: everything at `step` or later but the run's own history.
 
-        Called when a run resumes at `step`, which is then done again.
+        Called when a run resumes at `step`, which is then done again. History are the events started,
+        path, saved, interrupted and resumed: they did happen.
         """
-        history = {"started", "path", "saved", "interrupted", "resumed"}
         metrics = [m for m in self.metrics() if m["step"] < step]
-        events = [e for e in self.events() if e["step"] < step or e["event"] in history]
+        events = [e for e in self.events() if e["step"] < step or e["event"] in _HISTORY]
         for name, lines in (("metrics.jsonl", metrics), ("events.jsonl", events)):
-            write_atomically(self.path / name, "".join(json.dumps(line) + "\n" for line in lines).encode())
+            path = self.path / name
+            if path.exists():
+                _say_torn(path, *_split_torn(path))
+            write_atomically(path, b"".join(_encoded(line) for line in lines))
 
 
 def check_manifest(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Refuse to go on with other ingredients than the run was started with.
+    """Refuse to go on with other ingredients than the run was started with; versions may differ.
 
     Raises:
         RunError: names each of model, reference, tokenizer, template and data files that changed.
     """
-    changed = [name for name in ("model", "reference", "tokenizer", "template") if old.get(name) != new.get(name)]
-    files = {**old.get("data", {}), **new.get("data", {})}
-    changed += [f for f in files if old.get("data", {}).get(f) != new.get("data", {}).get(f)]
+    named = {
+        "model": "model weights",
+        "reference": "reference model weights",
+        "tokenizer": "tokenizer",
+        "template": "chat template",
+    }
+    changed = [label for name, label in named.items() if old.get(name) != new.get(name)]
+    before, now = old.get("data", {}), new.get("data", {})
+    changed += [f"data file {name}" for name in {**before, **now} if before.get(name) != now.get(name)]
     if changed:
         raise RunError(
             "The run cannot go on: what it was started from has changed.",
             where=", ".join(changed),
             got="another content hash than in manifest.json",
+            expected="the same bytes as when the run started, or its numbers would not continue",
             todo="Put the old files back, or start a new run with another --out.",
         )
+
+
+def _check(path: Path, read: Callable[[], object], kind: type) -> None:
+    try:
+        found = read()
+        if isinstance(found, kind):
+            return
+        problem = f"a {type(found).__name__}"
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    raise RunError(
+        "The run folder is damaged.",
+        where=str(path),
+        got=problem,
+        expected="what the run wrote there when it started",
+        todo="Put the file back from a copy, or start a new run with another --out.",
+    )
+
+
+def _unfinished(run: RunFolder) -> bool:
+    try:
+        return not run.finished
+    except RunError:  # damaged records: nothing to promise
+        return False
 
 
 def _plain(config: BaseModel) -> dict[str, Any]:
@@ -209,21 +276,72 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
+def _allowed(mode: int) -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return mode & ~umask
+
+
 def _contents(path: Path) -> str:
     if not path.is_dir():
-        return "a file"
+        return "a file" if path.exists() else "a link to nothing"
     names = sorted(p.name for p in path.iterdir())
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") or "an empty folder"
 
 
+def _encoded(line: Mapping[str, Any]) -> bytes:
+    # ASCII only: file names with undecodable bytes are strings that UTF-8 cannot hold.
+    return (json.dumps(line, allow_nan=False) + "\n").encode()
+
+
 def _append(path: Path, line: Mapping[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+    encoded = _encoded(line)
+    if path.exists():
+        whole, torn = _split_torn(path)
+        if torn:  # or the new line would hang on it, and both were lost
+            _say_torn(path, whole, torn)
+            os.truncate(path, whole)
+    with path.open("ab") as file:
+        file.write(encoded)
+
+
+def _split_torn(path: Path) -> tuple[int, bytes]:
+    """Bytes of whole lines, and what stands behind them: a line without its end, cut by a kill or a full disk."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        start, tail = size, b""
+        while start and b"\n" not in tail:
+            start = max(0, start - 4096)
+            file.seek(start)
+            tail = file.read(size - start)
+    torn = tail[tail.rfind(b"\n") + 1 :]
+    return size - len(torn), torn
+
+
+def _say_torn(path: Path, whole: int, torn: bytes) -> None:
+    if torn:
+        warn(f"the last line of {path} was cut short ({len(torn)} bytes behind byte {whole}) and is left out")
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]  # a kill while appending leaves a last line without its end
-    return [json.loads(line) for line in whole.splitlines()]
+    content = path.read_bytes()
+    found = []
+    # Only "\n" ends a line, so the last piece is empty or torn.
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        try:
+            value = json.loads(line)
+            ok = isinstance(value, dict) and isinstance(value["step"], int)
+        except (ValueError, KeyError):
+            ok = False
+        if not ok:
+            raise RunError(
+                "A line of the run's records cannot be read.",
+                where=f"{path}:{number}",
+                got=repr(line[:60]),
+                expected="a JSON object with a step, as the run wrote it",
+                todo=f"Take line {number} out of the file, or put the file back from a copy.",
+            )
+        found.append(value)
+    return found

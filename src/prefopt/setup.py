@@ -175,10 +175,12 @@ def begin_run(
     return run
 
 
-def begin_health(run: RunFolder, rows: Rows, beta: float | None) -> Health:
-    """What watches the metrics; speaks at once if many rows were cut."""
+def begin_health(run: RunFolder, rows: Rows, beta: float | None, *, resumed: bool) -> Health:
+    """What watches the metrics; speaks at once if many rows were cut, unless it has before a resumption."""
     health = Health(beta=beta)
     for warning in health.note_cut(rows.audit.reasons.get("completion_cut", 0), rows.audit.rows):
+        if resumed:
+            continue
         warn(warning.sentence)
         run.event("warned", step=0, kind=warning.kind, sentence=warning.sentence)
     return health

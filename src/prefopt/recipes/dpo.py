@@ -50,7 +50,7 @@ def train(config: DPOConfig, resumed: RunFolder | None = None) -> RunFolder:
 
     policy = make_policy(loaded.model, config)
 
-    health = begin_health(run, rows, config.beta)
+    health = begin_health(run, rows, config.beta, resumed=resumed is not None)
 
     def loss_of(batch: PackedBatch) -> LossTotal:
         sums = sequence_logprob_sum(policy, batch, path.path)

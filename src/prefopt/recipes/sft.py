@@ -43,7 +43,7 @@ def train(config: SFTConfig, resumed: RunFolder | None = None) -> RunFolder:
     before = sampler.complete(loaded.model)
     policy = make_policy(loaded.model, config)
 
-    health = begin_health(run, rows, None)
+    health = begin_health(run, rows, None, resumed=resumed is not None)
 
     def loss_of(batch: PackedBatch) -> LossTotal:
         sums = sequence_logprob_sum(policy, batch, path.path)

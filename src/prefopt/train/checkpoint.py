@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from prefopt.errors import RunError
@@ -28,6 +29,13 @@ __all__ = [
 ]
 
 _SUMS = "SHA256SUMS.json"
+_NAME = re.compile(r"step-(\d+)")
+_ALIASES = "aliases"  # key of the safetensors metadata that names tensors stored once under another name
+_ROOM = 1 << 20  # bytes for headers, JSON and folders
+# No room on the disk, in the quota, or under the shell's limit on file sizes. The safetensors library
+# tells its own error class, with the number in its text.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_TEXT = re.compile(rf"os error ({'|'.join(map(str, _FULL))})\b")
 
 
 @dataclass(frozen=True)
@@ -39,8 +47,11 @@ class Checkpoint:
     state: dict[str, Any]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors saved under `name`, on the CPU."""
-        return dict(load_file(self.path / f"{name}.safetensors"))
+        """The tensors saved under `name`, on the CPU; names that shared one tensor share it again."""
+        with safe_open(self.path / f"{name}.safetensors", framework="pt") as file:
+            found: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            aliases: dict[str, str] = json.loads((file.metadata() or {}).get(_ALIASES, "{}"))
+        return {**found, **{alias: found[original] for alias, original in aliases.items()}}
 
 
 def save_checkpoint(
@@ -49,53 +60,101 @@ def save_checkpoint(
     """Write `folder`/step-000120 and prune older ones down to `keep`.
 
     Files are written in a hidden folder and fsynced, the folder is renamed last, and only then are
-    old checkpoints removed: a kill at any moment leaves the last whole one.
+    old checkpoints removed: a kill at any moment leaves the last whole one. A step that is already
+    saved whole stays as it is.
+
+    Args:
+        tensors: Name of a file, without its ending, to the tensors in it.
+        state: Whatever else is to be kept; JSON.
 
     Raises:
         RunError: the disk is full; names path, bytes needed and bytes free. Nothing is left behind.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        sync_folder(folder.parent)
     for leftover in folder.glob(".tmp-*"):
         shutil.rmtree(leftover)
     final = folder / f"step-{step:06d}"
-    if final.exists() and _damage(final) is None:
-        return final  # the same step holds the same state
-    needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
-    _refuse_full(folder, needed)
+    if final.exists() and _damage(final) is None:  # the same step holds the same state
+        _prune(folder, step, keep)  # a kill may have come just before
+        return final
+    flat = {name: _stored_once(group) for name, group in tensors.items()}
+    needed = _ROOM + sum(t.nbytes for group, _ in flat.values() for t in group.values())
+    if shutil.disk_usage(folder).free < needed:
+        raise _full(folder, needed)
     draft = folder / f".tmp-{final.name}"
     try:
-        draft.mkdir()
-        for name, group in tensors.items():
-            flat = {key: t.detach().cpu().contiguous() for key, t in group.items()}
-            save_file(flat, draft / f"{name}.safetensors")
-        (draft / "state.json").write_text(json.dumps({"step": step, **state}))
-        sums = {p.name: file_sha256(p) for p in sorted(draft.iterdir())}
-        (draft / _SUMS).write_text(json.dumps(sums, indent=1))
-        for path in draft.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        sync_folder(draft)
+        _write(draft, flat, {**state, "step": step})
         if final.exists():  # damaged
             shutil.rmtree(final)
         os.rename(draft, final)
         sync_folder(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        if getattr(error, "errno", None) in _FULL or _FULL_TEXT.search(str(error)):
             raise _full(folder, needed) from error
         raise
-    for old in _steps(folder)[:-keep]:
-        shutil.rmtree(old)
+    _prune(folder, step, keep)
     return final
 
 
-def _steps(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+def _stored_once(group: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors on the CPU, none sharing memory with another, and which names stand for which.
+
+    The same tensor under several names (tied weights) is stored under the first; parts of one
+    buffer are copied, since the format refuses overlapping memory.
+    """
+    stored: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[object, ...], str] = {}
+    storages: set[tuple[torch.device, int]] = set()
+    for name, value in group.items():
+        tensor = value.detach()
+        storage = (tensor.device, tensor.untyped_storage().data_ptr())
+        identity = (*storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and identity in seen:
+            aliases[name] = seen[identity]
+            continue
+        seen[identity] = name
+        copied = tensor.cpu().contiguous()
+        # A part of a larger buffer is copied too, or the whole buffer were written.
+        shared = storage in storages or copied.untyped_storage().nbytes() != copied.nbytes
+        stored[name] = copied.clone() if shared else copied
+        storages.add(storage)
+    return stored, aliases
 
 
-def _refuse_full(folder: Path, needed: int) -> None:
-    if shutil.disk_usage(folder).free < needed:
-        raise _full(folder, needed)
+def _write(draft: Path, flat: Mapping[str, tuple[dict[str, Tensor], dict[str, str]]], state: Mapping[str, Any]) -> None:
+    draft.mkdir()
+    for name, (tensors, aliases) in flat.items():
+        # One key of metadata: the library writes several in random order, and files should be reproducible.
+        save_file(tensors, draft / f"{name}.safetensors", metadata={_ALIASES: json.dumps(aliases)})
+    (draft / "state.json").write_text(json.dumps(state, allow_nan=False))
+    sums = {path.name: file_sha256(path) for path in sorted(draft.iterdir())}
+    (draft / _SUMS).write_text(json.dumps(sums))
+    for path in sorted(draft.iterdir()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(draft)
+
+
+def _prune(folder: Path, step: int, keep: int) -> None:
+    """Remove all but the last `keep` up to `step`.
+
+    A later step's checkpoint can only be one that was passed over as damaged: it must not push out
+    the good ones, and goes once it is seen to be bad.
+    """
+    paths = _steps(folder)
+    old = [path for number, path in paths if number <= step][:-keep]
+    for path in old + [path for number, path in paths if number > step and _damage(path)]:
+        shutil.rmtree(path)
+
+
+def _steps(folder: Path) -> list[tuple[int, Path]]:
+    """Checkpoints by step, the earliest first."""
+    named = [(_NAME.fullmatch(path.name), path) for path in folder.glob("step-*")]
+    return sorted((int(match[1]), path) for match, path in named if match)
 
 
 def _full(folder: Path, needed: int) -> RunError:
@@ -103,7 +162,7 @@ def _full(folder: Path, needed: int) -> RunError:
     return RunError(
         "The disk is too full for a checkpoint.",
         where=str(folder),
-        got=f"{free:,} bytes free",
+        got=f"{free:,} bytes free" + ("" if free < needed else ", but a quota or a limit on file sizes is reached"),
         expected=f"{needed:,} bytes",
         todo=f"Make room, then `prefopt resume {folder.parent}`; the last whole checkpoint is untouched.",
     )
@@ -115,11 +174,10 @@ def load_latest(folder: Path, on_damage: Callable[[str], None]) -> Checkpoint | 
     Args:
         on_damage: Is told of each damaged checkpoint that is passed over, naming the file.
     """
-    for path in reversed(_steps(folder)):
+    for step, path in reversed(_steps(folder)):
         damage = _damage(path)
         if damage is None:
-            state = json.loads((path / "state.json").read_text())
-            return Checkpoint(state["step"], path, state)
+            return Checkpoint(step, path, json.loads((path / "state.json").read_bytes()))
         on_damage(f"checkpoint {path} is damaged ({damage}); using the one before it")
     return None
 
@@ -127,38 +185,64 @@ def load_latest(folder: Path, on_damage: Callable[[str], None]) -> Checkpoint | 
 def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, in a few words."""
     try:
-        sums = json.loads((path / _SUMS).read_text())
-        files = dict(sums.items())
-    except (OSError, ValueError, AttributeError):
-        return f"{_SUMS} cannot be read"
-    for name in ("state.json", *files):
-        if name not in files or not (path / name).is_file():
+        sums = json.loads((path / _SUMS).read_bytes())
+    except (OSError, ValueError):
+        return f"{_SUMS} is missing or unreadable"
+    for name in sorted({"state.json", *sums}):
+        try:
+            if file_sha256(path / name) != sums.get(name):
+                return f"{name} does not match its checksum"
+        except FileNotFoundError:
             return f"{name} is missing"
-        if file_sha256(path / name) != files[name]:
-            return f"{name} does not match its checksum"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
     return None
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimiser's state as flat tensors ("3.exp_avg": parameter 3) and what is no tensor as JSON."""
+    whole = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
-    for number, state in optimizer.state_dict()["state"].items():
+    for number, state in whole["state"].items():
         for name, value in state.items():
             (tensors if isinstance(value, Tensor) else scalars)[f"{number}.{name}"] = value
-    return tensors, scalars
+    return tensors, {"scalars": scalars, "param_groups": whole["param_groups"]}
 
 
 def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], state: Mapping[str, Any]
 ) -> None:
-    """Put back what `optimizer_tensors` took, bit for bit; parameter groups stay the optimiser's own."""
-    whole = optimizer.state_dict()
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in {**tensors, **scalars}.items():
-        number, name = key.split(".", 1)
-        state.setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
+    """Put back what `optimizer_tensors` took, bit for bit, parameter groups included.
+
+    Raises:
+        RunError: the state is of another optimiser or of other parameters.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    saved = state["param_groups"]
+    if [(group.keys(), group["params"]) for group in own] != [(group.keys(), group["params"]) for group in saved]:
+        raise RunError(
+            "The checkpoint's optimiser state does not fit.",
+            where="optimizer, or what is trained",
+            got=f"state for {_outline(saved)}",
+            expected=_outline(own),
+            todo="Resume with the configuration the run was started with.",
+        )
+    # JSON has no tuples.
+    groups = [
+        {key: tuple(value) if isinstance(mine[key], tuple) else value for key, value in theirs.items()}
+        for mine, theirs in zip(own, saved, strict=True)
+    ]
+    by_parameter: dict[int, dict[str, Any]] = {}
+    for name, value in {**tensors, **state["scalars"]}.items():
+        number, _, key = name.partition(".")
+        by_parameter.setdefault(int(number), {})[key] = value
+    optimizer.load_state_dict({"state": by_parameter, "param_groups": groups})
+
+
+def _outline(groups: list[dict[str, Any]]) -> str:
+    parameters = sum(len(group["params"]) for group in groups)
+    return f"{parameters} tensors with " + ", ".join(sorted(groups[0].keys() - {"params"}))
 
 
 def rng_tensors() -> dict[str, Tensor]:

@@ -114,6 +114,7 @@ def fit(
     start = state.restore()
     if start or run.metrics():
         run.rewind(start)
+        health.recall(run.metrics())
         run.event("resumed", step=start)
         say(f"resumed at step {start} of {steps}")
     evaluations = _marks(steps, config.eval_every) | {0}
