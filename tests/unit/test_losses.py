@@ -31,12 +31,12 @@ def test_dpo_by_hand() -> None:
     assert total.count == 1
 
 
-def test_equal_models_start_at_ln_2_and_a_tie_is_not_accurate() -> None:
+def test_equal_models_start_at_ln_2_and_a_tie_counts_half() -> None:
     same = sums(-3.0, -70.0)
     other = sums(-5.0, -1.0)
     total = dpo(policy_chosen=same, policy_rejected=other, reference_chosen=same, reference_rejected=other, beta=0.1)
     torch.testing.assert_close(total.losses, sums(math.log(2), math.log(2)))
-    assert total.metrics["rewards/accuracies"].tolist() == [0.0, 0.0]
+    assert total.metrics["rewards/accuracies"].tolist() == [0.5, 0.5]
 
 
 def test_conservative_dpo_by_hand_and_its_minimum() -> None:

@@ -37,8 +37,8 @@ def dpo(
             halves a pair's pull whatever its neighbours weigh.
 
     Returns:
-        Losses and count in pairs; metrics per pair: rewards, margins, accuracies (a tie is not
-        accurate) and `importance_weight` = sigmoid(-m), the factor the paper's gradient gives the
+        Losses and count in pairs; metrics per pair: rewards, margins, accuracies (a tie counts half,
+        so that equal models start at chance) and `importance_weight` = sigmoid(-m), the factor the paper's gradient gives the
         pair (equation after 7).
     """
     rewards_chosen = beta * (policy_chosen - reference_chosen.detach())
@@ -57,7 +57,7 @@ def dpo(
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
             "rewards/margins": margin,
-            "rewards/accuracies": (margin > 0).to(margin.dtype),
+            "rewards/accuracies": 0.5 * (1 + margin.sign()),
             "importance_weight": (-margin).sigmoid(),
             "logps/chosen": policy_chosen.detach(),
             "logps/rejected": policy_rejected.detach(),

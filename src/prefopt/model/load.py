@@ -33,6 +33,7 @@ __all__ = [
     "eos_ids",
     "load_config",
     "load_model",
+    "load_reference",
     "load_tokenizer",
     "max_positions",
     "merge",
@@ -95,6 +96,23 @@ def load_model(path: str, *, dtype: torch.dtype, device: torch.device) -> Loaded
         template_fingerprint=_hash(template),
         path=path,
     )
+
+
+def load_reference(path: str, policy: LoadedModel, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+    """Load a reference for `policy`.
+
+    Raises:
+        ModelError: it reads other token ids, so that log-ratios would compare different texts.
+    """
+    reference = load_model(path, dtype=dtype, device=device)
+    if reference.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise ModelError(
+            "Model and reference have different vocabularies.",
+            where=f"{policy.path} and {path}",
+            expected="the same tokenizer, since log-probabilities of the same tokens are compared",
+            todo="Take the model that training starts from as the reference, or one of its family.",
+        )
+    return reference
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

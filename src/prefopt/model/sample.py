@@ -26,7 +26,7 @@ class Sampled:
 
 def sample(
     model: torch.nn.Module,
-    prompts: Sequence[Int32[np.ndarray, " prompt"]],
+    prompts: Sequence[Int32[np.ndarray, " _"]],
     *,
     completions: int = 1,
     max_new_tokens: int,
@@ -79,7 +79,7 @@ def sample(
 
 
 def _batches(
-    prompts: Sequence[Int32[np.ndarray, " prompt"]], completions: int, new: int, batch_tokens: int
+    prompts: Sequence[Int32[np.ndarray, " _"]], completions: int, new: int, batch_tokens: int
 ) -> Iterator[list[int]]:
     """Prompt numbers in batches of similar length; the last one of a batch is its longest."""
     batch: list[int] = []
@@ -106,7 +106,7 @@ def _generation(
 
 def _generate(
     model: PreTrainedModel,
-    prompts: Sequence[Int32[np.ndarray, " prompt"]],
+    prompts: Sequence[Int32[np.ndarray, " _"]],
     batch: list[int],
     config: GenerationConfig,
     stop_ids: frozenset[int],

@@ -10,7 +10,7 @@ from prefopt.data.pack import PackedBatch, micro_batches, pack
 from prefopt.errors import DataError
 from prefopt.losses import LossTotal, dpo
 from prefopt.model.kl import ReferenceStates, sequence_kl_sum
-from prefopt.model.load import LoadedModel, load_model
+from prefopt.model.load import LoadedModel, load_reference
 from prefopt.model.logprobs import PathChoice, sequence_logprob_sum
 from prefopt.model.policy import make_policy
 from prefopt.model.reference import ReferenceCache, cache_folder, reference_logprobs
@@ -36,14 +36,15 @@ def train(config: DPOConfig, resumed: RunFolder | None = None) -> RunFolder:
     loaded, renderer = load(config, dtype, device)
     groups, audit = read_groups(config, loaded.model, renderer, _comparisons)
     rows = split_rows(config, groups, audit)
-    reference = load_model(config.reference, dtype=dtype, device=device) if config.reference else loaded
+    reference = load_reference(config.reference, loaded, dtype, device) if config.reference else loaded
     run = begin_run(config, "dpo", rows, {**manifest(config, loaded), "reference": reference.fingerprint}, resumed)
 
     path = check_path(loaded.model, rows.train, device)
     if resumed is None:
         run.event("path", step=0, path=path.path, reason=path.reason, max_difference=path.max_difference)
-    logps = _score_reference(config, reference, groups, path, dtype, device)
-    kl_batches, kl_states = _kl_states(config, reference, rows.held_out, path, device)
+    reference_path = check_path(reference.model, rows.train, device) if config.reference else path
+    logps = _score_reference(config, reference, groups, reference_path, dtype, device)
+    kl_batches, kl_states = _kl_states(config, reference, rows.held_out, reference_path, device)
     del reference  # not in memory while training
     sampler = Sampler.over(config, renderer, rows.held_out or rows.train)
     before = sampler.complete(loaded.model)

@@ -8,7 +8,7 @@ import torch
 from prefopt.config import ScoreConfig
 from prefopt.data.group import CompletionGroup
 from prefopt.data.pack import micro_batches, pack
-from prefopt.model.load import load_model
+from prefopt.model.load import load_reference
 from prefopt.model.logprobs import sequence_logprob_sum
 from prefopt.progress import progress
 from prefopt.records import Record
@@ -31,7 +31,7 @@ def score(config: ScoreConfig) -> int:
     logps = _logps(config, loaded.model, groups, "score", device)
     reference = None
     if config.reference is not None:
-        reference_model = load_model(config.reference, dtype=dtype, device=device).model
+        reference_model = load_reference(config.reference, loaded, dtype, device).model
         reference = _logps(config, reference_model, groups, "reference", device)
     lines = "".join(json.dumps(line) + "\n" for line in _lines(config, groups, logps, reference))
     write_atomically(config.out, lines.encode())

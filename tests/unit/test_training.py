@@ -1,0 +1,178 @@
+"""Reference cache, exact KL, one step, the policy, the schedule: small, exact, on real code."""
+
+import math
+import sqlite3
+from pathlib import Path
+
+import pytest
+import torch
+
+from prefopt.config import DPOConfig
+from prefopt.data.group import CompletionGroup
+from prefopt.data.pack import PackedBatch, pack
+from prefopt.errors import DataError, NonFiniteError
+from prefopt.losses import LossTotal, negative_log_likelihood
+from prefopt.model.kl import ReferenceStates, sequence_kl_sum
+from prefopt.model.logprobs import sequence_logprob_sum
+from prefopt.model.policy import make_policy
+from prefopt.model.reference import ReferenceCache, reference_logprobs
+from prefopt.train.optimizer import Masters, learning_rate, make_optimizer
+from prefopt.train.step import train_step
+from tiny import model_of, random_groups
+
+GROUPS = random_groups([(4, 3, 5), (2, 6, 1), (7, 2, 2)])
+CPU = torch.device("cpu")
+
+
+def test_cached_equals_live_and_is_found_again(tmp_path: Path) -> None:
+    model = model_of("Llama")
+    calls = []
+
+    def scorer():  # type: ignore[no-untyped-def]
+        calls.append(1)
+        return lambda batch: sequence_logprob_sum(model, batch, "packed")
+
+    cache = ReferenceCache(tmp_path, "weights float32")
+    first = reference_logprobs(GROUPS, cache, scorer, tokens_per_batch=12)
+    again = reference_logprobs(list(reversed(GROUPS)), cache, scorer, tokens_per_batch=100)
+    assert first == again and len(calls) == 1
+    with torch.no_grad():
+        live = sequence_logprob_sum(model, pack(GROUPS), "packed")
+    keys = [g.sequence_key(k) for g in GROUPS for k in (0, 1)]
+    torch.testing.assert_close(torch.tensor([first[k] for k in keys]), live, atol=1e-5, rtol=1e-6)
+    other = ReferenceCache(tmp_path, "other weights float32")
+    assert other.get(keys) == {}
+
+
+def test_a_killed_reference_pass_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    model = model_of("Llama")
+    seen: list[int] = []
+
+    def failing(batch: PackedBatch) -> torch.Tensor:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(batch.sequences)
+        return sequence_logprob_sum(model, batch, "packed")
+
+    def rest(batch: PackedBatch) -> torch.Tensor:
+        seen.append(batch.sequences)
+        return sequence_logprob_sum(model, batch, "packed")
+
+    cache = ReferenceCache(tmp_path, "w")
+    with pytest.raises(KeyboardInterrupt):
+        reference_logprobs(GROUPS, cache, lambda: failing, tokens_per_batch=12)
+    reference_logprobs(GROUPS, cache, lambda: rest, tokens_per_batch=12)
+    assert sum(seen) == 6, "a sequence was scored twice or not at all"
+
+
+def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
+    (tmp_path / "reference.sqlite").write_bytes(b"this is no database" * 100)
+    with pytest.raises(DataError, match=r"reference\.sqlite"):
+        ReferenceCache(tmp_path, "w")
+
+
+def test_the_cache_holds_sums_and_counts(tmp_path: Path) -> None:
+    cache = ReferenceCache(tmp_path, "w")
+    cache.put({b"a": (-1.25, 3)})
+    with sqlite3.connect(tmp_path / "reference.sqlite") as db:
+        assert db.execute("SELECT model, logprob_sum, tokens FROM logprobs").fetchall() == [("w", -1.25, 3)]
+    db.close()
+
+
+def test_kl_equals_the_sum_over_the_vocabulary() -> None:
+    policy, reference = model_of("Llama", seed=1), model_of("Llama", seed=2)
+    batch = pack(GROUPS)
+    ours = sequence_kl_sum(policy, ReferenceStates.of(reference, [batch], "packed"), [batch], "packed")
+    expected = []
+    policy.set_attn_implementation("sdpa")
+    reference.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        for g in GROUPS:
+            for c in g.completions:
+                ids = torch.tensor([[*g.prompt_ids.tolist(), *c.ids.tolist()]])
+                p, q = (m(ids).logits[0].double().log_softmax(-1) for m in (policy, reference))
+                at = slice(len(g.prompt_ids) - 1, ids.shape[1] - 1)
+                expected.append((p[at].exp() * (p[at] - q[at])).sum())
+    torch.testing.assert_close(ours.double(), torch.stack(expected), atol=1e-4, rtol=1e-5)
+    itself = sequence_kl_sum(policy, ReferenceStates.of(policy, [batch], "packed"), [batch], "packed")
+    assert itself.abs().max() == 0
+
+
+def step(model: torch.nn.Module, poison: int | None = None) -> None:
+    masters = Masters(model.parameters())
+    optimizer = make_optimizer("adamw", masters.parameters, lr=1e-2, weight_decay=0.0)
+
+    def loss_of(batch: PackedBatch) -> LossTotal:
+        sums = sequence_logprob_sum(model, batch, "packed")
+        if poison is not None:
+            owner = torch.tensor([g.source.row for g in batch.groups for _ in g.completions])
+            sums = torch.where(owner == poison, sums * float("nan"), sums)
+        return negative_log_likelihood(logprob_sum=sums, token_counts=batch.token_counts)
+
+    def tokens(group: CompletionGroup) -> int:
+        return sum(c.scored_tokens for c in group.completions)
+
+    train_step(
+        random_groups([(4, 3), (2, 6), (7, 2)]), loss_of, tokens, optimizer, masters, tokens_per_batch=12, max_grad_norm=1.0, device=CPU
+    )  # fmt: skip
+
+
+def test_a_non_finite_loss_names_its_rows_and_moves_nothing() -> None:
+    model = model_of("Llama")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.raises(NonFiniteError) as caught:
+        step(model, poison=2)
+    assert caught.value.where is not None
+    assert "tiny.jsonl row 2" in caught.value.where and "row 1" not in caught.value.where
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_bfloat16_weights_keep_float32_masters() -> None:
+    model = model_of("Llama").to(torch.bfloat16)  # type: ignore[arg-type]
+    weight = torch.nn.Parameter(torch.full((4,), 0.5, dtype=torch.bfloat16))
+    masters = Masters([weight])
+    optimizer = make_optimizer("adamw", masters.parameters, lr=1e-4, weight_decay=0.0)
+    for _ in range(100):
+        weight.sum().backward()
+        assert weight.grad is None, "the low-precision gradient lingers"
+        optimizer.step()
+        optimizer.zero_grad()
+        masters.refresh()
+    # 100 steps of 1e-4; half an ulp of bfloat16 at 0.5 is 1e-3, so without masters nothing would have moved.
+    assert masters.parameters[0][0].item() == pytest.approx(0.49, abs=1e-4)
+    assert weight[0].item() == pytest.approx(0.49, abs=2e-3)
+    step(model)
+
+
+def test_lora_off_is_the_base() -> None:
+    base = model_of("Llama")
+    batch = pack(GROUPS)
+    with torch.no_grad():
+        alone = sequence_logprob_sum(base, batch, "packed")
+    config = DPOConfig(model="m", data=("d",), out=Path("o"), beta=0.1, lora_rank=2)
+    policy = make_policy(base, config)
+    with torch.no_grad():
+        assert torch.equal(sequence_logprob_sum(policy, batch, "packed"), alone), "an adapter starts as the identity"
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.1)
+        assert not torch.equal(sequence_logprob_sum(policy, batch, "packed"), alone)
+        with policy.disable_adapter():  # type: ignore[operator]
+            assert torch.equal(sequence_logprob_sum(policy, batch, "packed"), alone)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1.0, 1.0, 0.5 + math.sqrt(0.5) / 2, 0.5, 0.5 - math.sqrt(0.5) / 2]),
+    ],
+)
+def test_learning_rates_by_hand(schedule: str, expected: list[float]) -> None:
+    rates = [
+        learning_rate(s, total=6, peak=1.0, warmup=2.0, schedule=schedule)  # type: ignore[arg-type]
+        for s in range(6)
+    ]
+    assert rates == pytest.approx(expected)
+    assert learning_rate(0, total=20, peak=1.0, warmup=0.1, schedule="constant") == 0.5
