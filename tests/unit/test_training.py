@@ -113,8 +113,15 @@ def step(model: torch.nn.Module, poison: int | None = None) -> None:
         return sum(c.scored_tokens for c in group.completions)
 
     train_step(
-        random_groups([(4, 3), (2, 6), (7, 2)]), loss_of, tokens, optimizer, masters, tokens_per_batch=12, max_grad_norm=1.0, device=CPU
-    )  # fmt: skip
+        random_groups([(4, 3), (2, 6), (7, 2)]),
+        loss_of,
+        tokens,
+        optimizer,
+        masters,
+        tokens_per_batch=12,
+        max_grad_norm=1.0,
+        device=CPU,
+    )
 
 
 def test_a_non_finite_loss_names_its_rows_and_moves_nothing() -> None:

@@ -38,8 +38,8 @@ def dpo(
 
     Returns:
         Losses and count in pairs; metrics per pair: rewards, margins, accuracies (a tie counts half,
-        so that equal models start at chance) and `importance_weight` = sigmoid(-m), the factor the paper's gradient gives the
-        pair (equation after 7).
+        so that equal models start at chance) and `importance_weight` = sigmoid(-m), the factor that
+        the paper's gradient (equation after 7) gives the pair.
     """
     rewards_chosen = beta * (policy_chosen - reference_chosen.detach())
     rewards_rejected = beta * (policy_rejected - reference_rejected.detach())
