@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import struct
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -23,9 +22,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from prefopt.errors import ConfigError, ModelError
+from prefopt.model.inspect import inspect_model, inspect_weights, listing, refuse_code
 
 __all__ = [
     "LoadedModel",
@@ -41,7 +40,6 @@ __all__ = [
     "weights_fingerprint",
 ]
 
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _ADAPTER = "adapter_config.json"
 
 
@@ -66,7 +64,7 @@ def load_model(path: str, *, dtype: torch.dtype, device: torch.device) -> Loaded
     folder = resolve(path)
     adapter = folder if (folder / _ADAPTER).exists() else None
     base = _adapter_base(folder) if adapter else folder
-    _inspect(base)
+    inspect_model(base)
     _quiet()
     loading: Any = AutoModelForCausalLM.from_pretrained(
         base, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
@@ -82,7 +80,7 @@ def load_model(path: str, *, dtype: torch.dtype, device: torch.device) -> Loaded
         )
     fingerprint = weights_fingerprint(base)
     if adapter is not None:
-        _inspect_weights(adapter, "adapter_model")
+        inspect_weights(adapter, "adapter_model")
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
         fingerprint = _hash(fingerprint, weights_fingerprint(adapter))
     tokenizer = load_tokenizer(str(folder if (folder / "tokenizer_config.json").exists() else base))
@@ -130,11 +128,11 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         raise ModelError(
             "The model folder has no tokenizer.",
             where=str(folder),
-            got=_listing(folder),
+            got=listing(folder),
             expected="tokenizer.json and tokenizer_config.json",
             todo="Copy the tokenizer's files into the folder, or save it there with tokenizer.save_pretrained.",
         )
-    _refuse_code(folder / "tokenizer_config.json")
+    refuse_code(folder / "tokenizer_config.json")
     _quiet()
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return tokenizer
@@ -173,116 +171,9 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def _inspect(folder: Path) -> None:
-    """Everything that can be refused by looking, before transformers touches the folder."""
-    if not (folder / "config.json").exists():
-        raise ModelError(
-            "The folder is no model.",
-            where=str(folder),
-            got=_listing(folder),
-            expected="config.json and *.safetensors",
-            todo="Give a folder in transformers' format.",
-        )
-    config = _refuse_code(folder / "config.json")
-    kind = config.get("model_type")
-    if kind not in transformers.CONFIG_MAPPING:
-        raise ModelError(
-            "transformers does not know this kind of model.",
-            where=f"{folder / 'config.json'}, key model_type",
-            got=repr(kind),
-            expected="a model type of the installed transformers",
-            todo=f"Update transformers (now {transformers.__version__}) if the model is newer than it.",
-        )
-    if type(AutoConfig.from_pretrained(folder, trust_remote_code=False)) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(
-            "This is not a causal language model.",
-            where=str(folder / "config.json"),
-            got=f"model_type {kind!r}",
-            expected="a decoder that predicts the next token",
-        )
-    _inspect_weights(folder, "model")
-
-
-def _refuse_code(path: Path) -> dict[str, Any]:
-    """The JSON at `path`; refuses what would run code from the folder, however deep it is nested."""
-    if not path.exists():
-        return {}
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError("The model's configuration is no JSON.", where=str(path), got=str(error)) from error
-
-    def keys(node: Any) -> set[str]:
-        if isinstance(node, dict):
-            return set(node) | {k for v in node.values() for k in keys(v)}
-        return {k for v in node for k in keys(v)} if isinstance(node, list) else set()
-
-    if found := keys(content) & {"auto_map", "trust_remote_code"}:
-        raise ModelError(
-            "The model wants to run code of its own.",
-            where=f"{path}, key {', '.join(sorted(found))}",
-            expected="a model that transformers implements itself",
-            todo="prefopt never runs code from a model folder. If transformers knows the model, remove that key.",
-        )
-    return content
-
-
-def _inspect_weights(folder: Path, stem: str) -> None:
-    """Weights are there, whole, and safetensors."""
-    index = folder / f"{stem}.safetensors.index.json"
-    if index.exists():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if absent := [s for s in shards if not (folder / s).is_file()]:
-            raise ModelError(
-                "Weight files are missing.",
-                where=str(index),
-                got=f"no {', '.join(absent[:5])}",
-                expected=f"all {len(shards)} files the index names",
-                todo="Download the missing files.",
-            )
-    found = sorted(folder.glob("*.safetensors"))
-    pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
-    if not found and pickles:
-        raise ModelError(
-            "The weights are pickle files, which can run code when they are read.",
-            where=str(folder),
-            got=", ".join(pickles[:4]),
-            expected="*.safetensors",
-            todo="Convert them where you trust them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...).",
-        )
-    if not found:
-        raise ModelError(
-            "The folder has no weights.", where=str(folder), got=_listing(folder), expected="*.safetensors"
-        )
-    for path in found:
-        _check_header(path)
-
-
-def _check_header(path: Path) -> None:
-    """A safetensors file says in its header where its last byte is; a cut file is shorter."""
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, size)))
-        end = 8 + length + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
-    except (ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
-            "A weight file is damaged.", where=str(path), got="no safetensors header", todo="Download it again."
-        ) from error
-    if end != size:
-        raise ModelError(
-            "A weight file is cut or damaged.",
-            where=str(path),
-            got=f"{size:,} bytes",
-            expected=f"{end:,} bytes",
-            todo="Download it again.",
-        )
-
-
 def _adapter_base(folder: Path) -> Path:
     """The base model an adapter folder names; relative names are tried beside the adapter too."""
-    name = str(_refuse_code(folder / _ADAPTER).get("base_model_name_or_path") or "")
+    name = str(refuse_code(folder / _ADAPTER).get("base_model_name_or_path") or "")
     for candidate in (Path(name), folder / name):
         if name and candidate.is_dir():
             return resolve(str(candidate))
@@ -412,7 +303,7 @@ def merge(adapter: Path, out: Path) -> None:
         raise ModelError(
             "There is no adapter to merge.",
             where=str(folder),
-            got=_listing(folder),
+            got=listing(folder),
             expected=_ADAPTER,
             todo="A model trained without --lora-rank is plain weights already.",
         )
@@ -428,7 +319,7 @@ def load_config(path: str) -> PretrainedConfig:
     """The configuration of a model folder, run folder or hub name, nothing else loaded."""
     folder = resolve(path)
     base = _adapter_base(folder) if (folder / _ADAPTER).exists() else folder
-    _inspect(base)
+    inspect_model(base)
     config: PretrainedConfig = AutoConfig.from_pretrained(base, trust_remote_code=False)
     return config
 
@@ -450,11 +341,6 @@ def max_positions(config: PretrainedConfig) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(p.name for p in folder.iterdir())
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "an empty folder"
 
 
 def _quiet() -> None:

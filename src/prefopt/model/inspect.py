@@ -1,0 +1,127 @@
+"""Everything about a model folder that can be refused by looking, before transformers touches it."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from prefopt.errors import ModelError
+
+__all__ = ["inspect_model", "inspect_weights", "listing", "refuse_code"]
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def inspect_model(folder: Path) -> None:
+    """Raise ModelError unless `folder` holds a causal LM that transformers knows, whole and in safetensors."""
+    if not (folder / "config.json").exists():
+        raise ModelError(
+            "The folder is no model.",
+            where=str(folder),
+            got=listing(folder),
+            expected="config.json and *.safetensors",
+            todo="Give a folder in transformers' format.",
+        )
+    config = refuse_code(folder / "config.json")
+    kind = config.get("model_type")
+    if kind not in transformers.CONFIG_MAPPING:
+        raise ModelError(
+            "transformers does not know this kind of model.",
+            where=f"{folder / 'config.json'}, key model_type",
+            got=repr(kind),
+            expected="a model type of the installed transformers",
+            todo=f"Update transformers (now {transformers.__version__}) if the model is newer than it.",
+        )
+    if type(AutoConfig.from_pretrained(folder, trust_remote_code=False)) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            "This is not a causal language model.",
+            where=str(folder / "config.json"),
+            got=f"model_type {kind!r}",
+            expected="a decoder that predicts the next token",
+        )
+    inspect_weights(folder, "model")
+
+
+def refuse_code(path: Path) -> dict[str, Any]:
+    """The JSON at `path`; refuses what would run code from the folder, however deep it is nested."""
+    if not path.exists():
+        return {}
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError("The model's configuration is no JSON.", where=str(path), got=str(error)) from error
+
+    def keys(node: Any) -> set[str]:
+        if isinstance(node, dict):
+            return set(node) | {k for v in node.values() for k in keys(v)}
+        return {k for v in node for k in keys(v)} if isinstance(node, list) else set()
+
+    if found := keys(content) & {"auto_map", "trust_remote_code"}:
+        raise ModelError(
+            "The model wants to run code of its own.",
+            where=f"{path}, key {', '.join(sorted(found))}",
+            expected="a model that transformers implements itself",
+            todo="prefopt never runs code from a model folder. If transformers knows the model, remove that key.",
+        )
+    return content
+
+
+def inspect_weights(folder: Path, stem: str) -> None:
+    """Weights are there, whole, and safetensors."""
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.exists():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if absent := [s for s in shards if not (folder / s).is_file()]:
+            raise ModelError(
+                "Weight files are missing.",
+                where=str(index),
+                got=f"no {', '.join(absent[:5])}",
+                expected=f"all {len(shards)} files the index names",
+                todo="Download the missing files.",
+            )
+    found = sorted(folder.glob("*.safetensors"))
+    pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
+    if not found and pickles:
+        raise ModelError(
+            "The weights are pickle files, which can run code when they are read.",
+            where=str(folder),
+            got=", ".join(pickles[:4]),
+            expected="*.safetensors",
+            todo="Convert them where you trust them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...).",
+        )
+    if not found:
+        raise ModelError("The folder has no weights.", where=str(folder), got=listing(folder), expected="*.safetensors")
+    for path in found:
+        _check_header(path)
+
+
+def _check_header(path: Path) -> None:
+    """A safetensors file says in its header where its last byte is; a cut file is shorter."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, size)))
+        end = 8 + length + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+    except (ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            "A weight file is damaged.", where=str(path), got="no safetensors header", todo="Download it again."
+        ) from error
+    if end != size:
+        raise ModelError(
+            "A weight file is cut or damaged.",
+            where=str(path),
+            got=f"{size:,} bytes",
+            expected=f"{end:,} bytes",
+            todo="Download it again.",
+        )
+
+
+def listing(folder: Path) -> str:
+    """The first names in a folder, for messages."""
+    names = sorted(p.name for p in folder.iterdir())
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "an empty folder"
