@@ -341,6 +341,7 @@ def test_completions_are_cut_next_and_lose_their_eos() -> None:
     (group,) = groups(tokenizer, record, max_length=5, max_prompt_length=2, audit=audit)
     assert spelled(tokenizer, group) == [["<s>", "▁hello"], ["▁hello", "▁there", "▁hi"], ["▁there", "</s>"]]
     assert audit.reasons == {"prompt_cut": 1, "completion_cut": 1} and audit.mended == 1
+    assert group.truncated
 
 
 def test_a_row_that_just_fits_is_kept_whole() -> None:

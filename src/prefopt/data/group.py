@@ -28,13 +28,15 @@ class Completion:
 class CompletionGroup:
     """A prompt (at least one token) with K completions; a pair is K=2, the chosen one first.
 
-    `weight` multiplies the group's loss. `source` names the row it was made from.
+    `weight` multiplies the group's loss. `source` names the row it was made from. `truncated` says
+    that a completion lost its end to the length limit.
     """
 
     prompt_ids: Int32[np.ndarray, " prompt"]
     completions: tuple[Completion, ...]
     source: Source
     weight: float = 1.0
+    truncated: bool = False
 
     @property
     def tokens(self) -> int:

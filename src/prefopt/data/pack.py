@@ -78,6 +78,11 @@ class PackedBatch:
         """Loss weight of each group."""
         return torch.tensor([g.weight for g in self.groups], dtype=torch.float32, device=self.input_ids.device)
 
+    @property
+    def truncated(self) -> Float[Tensor, " groups"]:
+        """1 for each group with a cut completion, else 0."""
+        return torch.tensor([float(g.truncated) for g in self.groups], device=self.input_ids.device)
+
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch with its tensors on `device`."""
         return replace(

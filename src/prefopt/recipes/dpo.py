@@ -67,6 +67,7 @@ def train(config: DPOConfig, resumed: RunFolder | None = None) -> RunFolder:
         )
         counts = batch.token_counts.float()
         total.metrics.update({"lengths/chosen": counts[0::2], "lengths/rejected": counts[1::2]})
+        total.metrics["truncated"] = batch.truncated
         return total
 
     def evaluate() -> dict[str, float]:

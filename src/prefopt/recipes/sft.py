@@ -49,6 +49,7 @@ def train(config: SFTConfig, resumed: RunFolder | None = None) -> RunFolder:
         sums = sequence_logprob_sum(policy, batch, path.path)
         total = negative_log_likelihood(logprob_sum=sums, token_counts=batch.token_counts, weights=batch.weights)
         total.metrics.update({"logps/completion": sums.detach(), "lengths/completion": batch.token_counts.float()})
+        total.metrics["truncated"] = batch.truncated
         return total
 
     def evaluate() -> dict[str, float]:
