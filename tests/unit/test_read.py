@@ -65,7 +65,7 @@ def _write(path: Path, rows: list[dict[str, str]]) -> None:
         else:
             _lines(plain, *rows)
         if path != plain:
-            path.write_bytes(gzip.compress(plain.read_bytes()))
+            path.write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_a_line_beyond_the_limit_is_refused_and_the_next_one_read(
 def test_a_gzip_bomb_stops_at_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "MAX_TEXT_BYTES", 1000)
     path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"text": "a"}\n' * 100_000))
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n' * 100_000, mtime=0))
     with pytest.raises(DataError, match="too large"):
         _read(path)
 
@@ -247,9 +247,9 @@ def test_a_long_csv_cell_is_read_and_the_limit_of_others_is_put_back(tmp_path: P
         ("a.csv", b"prompt,prompt\nx,y\n", "does not name the columns"),
         ("a.csv", b"prompt,,\nx,y,z\n", "does not name the columns"),
         ("a.csv", b'prompt,completion\nx,"y\nz,w\n', "never closed"),
-        ("a.jsonl.gz", gzip.compress(b""), "is empty"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), "is empty"),
         ("a.jsonl.gz", b'{"text": "x"}\n', "damaged"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 100)[:-20], "damaged"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 100, mtime=0)[:-20], "damaged"),
         ("a.json", b'[{"text": "x"}, {"te', "not valid JSON"),
         ("a.json", b"[" * 100_000, "nested too deeply"),
         ("a.jsonl", '{"text": "x"}'.encode("utf-16"), "UTF-16"),
