@@ -23,7 +23,7 @@ __all__ = ["ReferenceStates", "sequence_kl_sum"]
 class ReferenceStates:
     """What the reference left behind so that it need not stay in memory: hidden states and its head."""
 
-    hidden: tuple[Float[Tensor, "targets hidden"], ...]
+    hidden: tuple[Float[Tensor, "_ hidden"], ...]
     head: Head
 
     @classmethod

@@ -99,7 +99,7 @@ def plain_attention(model: PreTrainedModel) -> str:
     return "sdpa" if model._supports_sdpa and not capped else "eager"
 
 
-def _sequence_ids(batch: PackedBatch) -> list[Int[Tensor, " tokens"]]:
+def _sequence_ids(batch: PackedBatch) -> list[Int[Tensor, " _"]]:
     return [
         torch.cat([batch.input_ids[prompt.start : prompt.stop], batch.input_ids[own.start : own.stop]])
         for prompt, own in batch.spans
