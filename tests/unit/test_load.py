@@ -6,11 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
 
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.load import (
+    LoadedModel,
     add_lora,
+    eos_ids,
     load_model,
     load_reference,
     load_tokenizer,
@@ -18,7 +22,7 @@ from prefopt.model.load import (
     save_model,
     weights_fingerprint,
 )
-from tiny import save_tiny_model
+from tiny import model_of, save_tiny_model
 
 CPU = torch.device("cpu")
 
@@ -151,3 +155,136 @@ def test_a_reference_with_another_vocabulary_is_refused(folder: Path, tmp_path: 
     (other / "tokenizer.json").write_text(text.replace('"a": 2', '"\\u00e4": 2'))
     with pytest.raises(ModelError, match="different vocabularies"):
         load_reference(str(other), policy, torch.float32, CPU)
+
+
+IDS = torch.tensor([[5, 6, 7, 8]])
+
+
+def adapted(loaded: LoadedModel, shift: float) -> PeftModel:
+    """A LoRA adapter that does something."""
+    model = add_lora(loaded.model, rank=2, alpha=2, dropout=0.0, targets=None, seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(shift)
+    return model
+
+
+@pytest.fixture
+def adapter(folder: Path, tmp_path: Path) -> Path:
+    loaded = load_model(str(folder), dtype=torch.float32, device=CPU)
+    save_model(adapted(loaded, 0.2), loaded.tokenizer, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_trained_on_an_adapter_keeps_both(adapter: Path, tmp_path: Path) -> None:
+    loaded = load_model(str(adapter), dtype=torch.float32, device=CPU)
+    before = loaded.model(IDS).logits
+    model = adapted(loaded, 0.1)
+    truth = model(IDS).logits
+    assert not torch.allclose(truth, before, atol=1e-3)
+    save_model(model, loaded.tokenizer, tmp_path / "second")
+    torch.testing.assert_close(model(IDS).logits, truth, rtol=0, atol=0)
+    again = load_model(str(tmp_path / "second"), dtype=torch.float32, device=CPU)
+    torch.testing.assert_close(again.model(IDS).logits, truth)
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "second")(IDS).logits, truth)
+
+
+def test_an_adapter_names_its_base_from_wherever_it_was_given(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    loaded = load_model("model", dtype=torch.float32, device=CPU)
+    save_model(adapted(loaded, 0.2), loaded.tokenizer, tmp_path / "adapter")
+    monkeypatch.chdir("/")
+    load(tmp_path / "adapter")
+
+
+def test_an_adapter_as_pickle_is_refused_whatever_lies_beside_it(adapter: Path) -> None:
+    weights = load_file(adapter / "adapter_model.safetensors")
+    (adapter / "adapter_model.safetensors").rename(adapter / "other.safetensors")
+    torch.save(weights, adapter / "adapter_model.bin")
+    assert "adapter has no weights" in refused(adapter)
+
+
+def test_an_adapter_that_does_not_fit(adapter: Path) -> None:
+    weights = load_file(adapter / "adapter_model.safetensors")
+    gone = next(iter(weights))
+    save_file({k: v for k, v in weights.items() if k != gone}, adapter / "adapter_model.safetensors")
+    assert gone.removesuffix(".weight") in refused(adapter)
+    save_file(weights, adapter / "adapter_model.safetensors")
+    edit(adapter / "adapter_config.json", r=5)
+    assert "size mismatch" in refused(adapter)
+    edit(adapter / "adapter_config.json", r=2, target_modules=["w_q"])
+    assert "w_q" in refused(adapter)
+    edit(adapter / "adapter_config.json", peft_type="PREFIX_TUNING")
+    assert "'PREFIX_TUNING'" in refused(adapter)
+
+
+def test_an_adapter_without_a_base(folder: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)  # no name is not the folder one happens to stand in
+    edit(adapter / "adapter_config.json", base_model_name_or_path=None)
+    assert "base model is not here" in refused(adapter)
+    edit(adapter / "adapter_config.json", base_model_name_or_path="./gone")
+    assert "'./gone'" in refused(adapter)
+
+
+def test_adapters_go_on_gpt2_layers_but_not_on_the_head() -> None:
+    add_lora(model_of("GPT-2"), rank=2, alpha=2, dropout=0.0, targets=("c_attn",), seed=0)
+    with pytest.raises(ConfigError, match="lm_head"):
+        add_lora(model_of("Llama"), rank=2, alpha=2, dropout=0.0, targets=("lm_head",), seed=0)
+
+
+def test_weights_of_another_shape_are_named(folder: Path) -> None:
+    edit(folder / "config.json", intermediate_size=64)
+    assert "model.layers.0.mlp.down_proj.weight (32, 48) instead of (32, 64)" in refused(folder)
+
+
+def test_an_encoder_is_refused(folder: Path, tmp_path: Path) -> None:
+    config = BertConfig(
+        vocab_size=97, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )  # fmt: skip
+    BertLMHeadModel(config).save_pretrained(tmp_path / "bert")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "bert")
+    assert "not a causal language model" in refused(tmp_path / "bert")
+    edit(tmp_path / "bert" / "config.json", is_decoder=True)
+    load(tmp_path / "bert")
+
+
+def test_a_folder_does_not_choose_where_attention_comes_from(folder: Path) -> None:
+    edit(folder / "config.json", attn_implementation="kernels-community/flash-attn")
+    loaded = load_model(str(folder), dtype=torch.float32, device=CPU)
+    assert loaded.model.config._attn_implementation == "sdpa"
+
+
+def test_what_transformers_cannot_read_is_explained(folder: Path) -> None:
+    whole = (folder / "tokenizer.json").read_bytes()
+    for damaged in (b"{", b'{"version": "1.0"}', whole.replace(b'"WordLevel"', b'"Martian"')):
+        (folder / "tokenizer.json").write_bytes(damaged)
+        assert "tokenizer cannot be loaded" in refused(folder)
+    (folder / "tokenizer.json").write_bytes(whole)
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights.replace(b'"F32"', b'"F99"', 1))
+    assert "F99" in refused(folder)
+    (folder / "model.safetensors").write_bytes(weights)
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    assert "model.safetensors" in refused(folder)
+
+
+def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(folder)
+    assert f"token id {len(tokenizer) - 1}" in refused(folder)
+
+
+def test_every_end_of_text_is_known(folder: Path) -> None:
+    tokenizer = load_tokenizer(str(folder))
+    edit(folder / "generation_config.json", eos_token_id=[3, 4])
+    assert eos_ids(str(folder), tokenizer) == {1, 3, 4}
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(ModelError, match="no JSON"):
+        eos_ids(str(folder), tokenizer)
+    (folder / "generation_config.json").unlink()
+    edit(folder / "config.json", eos_token_id=[5])
+    assert eos_ids(str(folder), tokenizer) == {1, 5}

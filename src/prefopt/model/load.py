@@ -4,7 +4,6 @@ import hashlib
 import json
 import shutil
 import tempfile
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,9 +22,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
-from prefopt.errors import ConfigError, ModelError
-from prefopt.model.inspect import inspect_model, inspect_weights, listing, refuse_code
+from prefopt.errors import ModelError
+from prefopt.model.adapter import ADAPTER, add_lora, apply_adapter, explained, merged_state, peft_warnings
+from prefopt.model.inspect import inspect_model, listing, refuse_code
 
 __all__ = [
     "LoadedModel",
@@ -39,8 +41,6 @@ __all__ = [
     "save_model",
     "weights_fingerprint",
 ]
-
-_ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -62,38 +62,70 @@ def load_model(path: str, *, dtype: torch.dtype, device: torch.device) -> Loaded
         ModelError: not a model, unsafe (pickle, code of its own), damaged, incomplete, or no causal LM.
     """
     folder = resolve(path)
-    adapter = folder if (folder / _ADAPTER).exists() else None
+    adapter = folder if (folder / ADAPTER).exists() else None
     base = _adapter_base(folder) if adapter else folder
-    inspect_model(base)
-    _quiet()
-    loading: Any = AutoModelForCausalLM.from_pretrained(
-        base, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-    )
-    model, report = loading
-    if missing := sorted(report["missing_keys"]):
-        raise ModelError(
-            "The weights are incomplete.",
-            where=str(base),
-            got=f"nothing for {', '.join(missing[:5])}" + (f" and {len(missing) - 5} more" if len(missing) > 5 else ""),
-            expected="a weight for every layer of the configuration",
-            todo="Download or save the model again.",
-        )
+    model = _load_base(base, dtype)
     fingerprint = weights_fingerprint(base)
     if adapter is not None:
-        inspect_weights(adapter, "adapter_model")
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        model = apply_adapter(model, adapter)
         fingerprint = _hash(fingerprint, weights_fingerprint(adapter))
+    # What an adapter trained on this model names as its base; merged weights stand in no folder (see save_model).
+    model.name_or_path = "" if adapter else str(base.resolve()) if Path(path).exists() else path
     tokenizer = load_tokenizer(str(folder if (folder / "tokenizer_config.json").exists() else base))
     _check_vocabulary(folder, model, tokenizer)
     template = json.dumps(tokenizer.chat_template)
     return LoadedModel(
-        model=model.to(device).eval(),
+        model=model.to(device).eval(),  # type: ignore[arg-type]
         tokenizer=tokenizer,
         fingerprint=fingerprint,
         tokenizer_fingerprint=_hash(_tokenizer_content(tokenizer)),
         template_fingerprint=_hash(template),
         path=path,
     )
+
+
+def _load_base(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    inspect_model(folder)
+    _quiet()
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    two_way = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
+    if two_way or getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            "This is not a causal language model.",
+            where=str(folder / "config.json"),
+            got=f"model_type {config.model_type!r}, an encoder",
+            expected="a decoder that predicts the next token",
+        )
+    # Not the folder's to choose: a name with a slash in it would have native code fetched from the hub.
+    config._attn_implementation = config._experts_implementation = None
+    with explained("transformers cannot load this model.", folder, ImportError, SafetensorError, ValueError):
+        loading: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # reported below, with names
+            output_loading_info=True,
+        )
+    model, report = loading
+    _refuse_gaps(folder, "nothing for ", report["missing_keys"])
+    shapes = {f"{name} {tuple(found)} instead of {tuple(due)}" for name, found, due in report["mismatched_keys"]}
+    _refuse_gaps(folder, "", shapes)
+    result: PreTrainedModel = model
+    return result
+
+
+def _refuse_gaps(folder: Path, prefix: str, gaps: set[str]) -> None:
+    if gaps:
+        names = sorted(gaps)
+        raise ModelError(
+            "The weights do not fill the model.",
+            where=str(folder),
+            got=f"{prefix}{', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else ""),
+            expected="a weight of the right shape for every layer of the configuration",
+            todo="Download or save the model again.",
+        )
 
 
 def load_reference(path: str, policy: LoadedModel, dtype: torch.dtype, device: torch.device) -> LoadedModel:
@@ -120,7 +152,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         ModelError: there is none, or it wants to run code of its own.
     """
     folder = resolve(path)
-    if not (folder / "tokenizer_config.json").exists() and (folder / _ADAPTER).exists():
+    if not (folder / "tokenizer_config.json").exists() and (folder / ADAPTER).exists():
         folder = _adapter_base(folder)
     if not any(
         (folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -134,7 +166,9 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         )
     refuse_code(folder / "tokenizer_config.json")
     _quiet()
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    kinds = (ValueError, KeyError, AttributeError, TypeError, ImportError)
+    with explained("The tokenizer cannot be loaded.", folder, *kinds):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return tokenizer
 
 
@@ -173,16 +207,18 @@ def _from_hub(name: str) -> Path:
 
 def _adapter_base(folder: Path) -> Path:
     """The base model an adapter folder names; relative names are tried beside the adapter too."""
-    name = str(refuse_code(folder / _ADAPTER).get("base_model_name_or_path") or "")
+    name = str(refuse_code(folder / ADAPTER).get("base_model_name_or_path") or "")
     for candidate in (Path(name), folder / name):
         if name and candidate.is_dir():
             return resolve(str(candidate))
     try:
+        if not name:
+            raise ModelError("The adapter names no base model.")
         return resolve(name)
     except ModelError as error:
         raise ModelError(
             "The adapter's base model is not here.",
-            where=f"{folder / _ADAPTER}, key base_model_name_or_path",
+            where=f"{folder / ADAPTER}, key base_model_name_or_path",
             got=repr(name),
             expected="a model folder or a reachable hub name",
             todo="Put the base model there, or write its new place into that key.",
@@ -208,7 +244,7 @@ def weights_fingerprint(folder: Path) -> str:
     `transformers_version` is left out: saving the same weights with another release changes nothing.
     """
     digest = hashlib.sha256()
-    for name in ("config.json", _ADAPTER):
+    for name in ("config.json", ADAPTER):
         if (folder / name).exists():
             config = json.loads((folder / name).read_text())
             config.pop("transformers_version", None)
@@ -230,43 +266,11 @@ def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
     return body + json.dumps({k: str(v) for k, v in tokenizer.special_tokens_map.items()}, sort_keys=True)
 
 
-def add_lora(
-    model: PreTrainedModel, *, rank: int, alpha: int, dropout: float, targets: tuple[str, ...] | None, seed: int
-) -> PeftModel:
-    """Freeze `model` and put a LoRA adapter into it (float32, starting as the identity).
-
-    Args:
-        targets: Names of the linear layers that get one; None: every linear layer but the head.
-
-    Raises:
-        ConfigError: a target is no layer of this model; names those that are.
-    """
-    linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    if targets and (unknown := set(targets) - linear):
-        raise ConfigError(
-            "The model has no such layer.",
-            where="lora_targets",
-            got=", ".join(sorted(unknown)),
-            expected=f"some of {', '.join(sorted(linear - {'lm_head'}))}",
-        )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=alpha,
-            lora_dropout=dropout,
-            target_modules=list(targets) if targets else "all-linear",
-            task_type="CAUSAL_LM",
-        )
-        adapted = get_peft_model(model, config)
-    assert isinstance(adapted, PeftModel)
-    return adapted
-
-
 def save_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """A plain transformers folder, or for LoRA a peft adapter folder; whole or absent.
 
-    Both load with `AutoModelForCausalLM.from_pretrained(folder)`.
+    Both load with `AutoModelForCausalLM.from_pretrained(folder)`. An adapter whose base stands in no
+    folder (one that another adapter was merged into) could not be found again: it is saved merged.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -274,14 +278,14 @@ def save_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folde
     try:
         draft.chmod(0o755)
         assert isinstance(model, PreTrainedModel | PeftModel)
-        if isinstance(model, PeftModel):
-            with warnings.catch_warnings():
-                # peft looks for the base's configuration on the hub to see whether embeddings were resized.
-                warnings.filterwarnings("ignore", message="Could not find a config file")
+        plain = model.get_base_model() if isinstance(model, PeftModel) else model
+        assert isinstance(plain, PreTrainedModel)
+        if isinstance(model, PeftModel) and plain.name_or_path:
+            with peft_warnings():
                 model.save_pretrained(draft, save_embedding_layers=False)
         else:
-            model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-            model.save_pretrained(draft)
+            plain.set_attn_implementation("sdpa" if plain._supports_sdpa else "eager")
+            plain.save_pretrained(draft, state_dict=merged_state(plain) if isinstance(model, PeftModel) else None)
         tokenizer.save_pretrained(draft)
         (draft / "README.md").unlink(missing_ok=True)  # peft's empty model card
         if folder.exists():
@@ -299,17 +303,17 @@ def merge(adapter: Path, out: Path) -> None:
         ModelError: there is no adapter, or `out` is taken.
     """
     folder = resolve(str(adapter))
-    if not (folder / _ADAPTER).exists():
+    if not (folder / ADAPTER).exists():
         raise ModelError(
             "There is no adapter to merge.",
             where=str(folder),
             got=listing(folder),
-            expected=_ADAPTER,
-            todo="A model trained without --lora-rank is plain weights already.",
+            expected=ADAPTER,
+            todo="These are plain weights already; use the folder as it is.",
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelError("The output folder is not empty.", where=str(out), todo="Choose another --out.")
-    config = AutoConfig.from_pretrained(_adapter_base(folder), trust_remote_code=False)
+    config = load_config(str(folder))
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     loaded = load_model(str(folder), dtype=dtype, device=torch.device("cpu"))
     save_model(loaded.model, loaded.tokenizer, out)
@@ -318,7 +322,7 @@ def merge(adapter: Path, out: Path) -> None:
 def load_config(path: str) -> PretrainedConfig:
     """The configuration of a model folder, run folder or hub name, nothing else loaded."""
     folder = resolve(path)
-    base = _adapter_base(folder) if (folder / _ADAPTER).exists() else folder
+    base = _adapter_base(folder) if (folder / ADAPTER).exists() else folder
     inspect_model(base)
     config: PretrainedConfig = AutoConfig.from_pretrained(base, trust_remote_code=False)
     return config
@@ -327,9 +331,10 @@ def load_config(path: str) -> PretrainedConfig:
 def eos_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Every id that ends a text: the generation configuration's and the tokenizer's."""
     folder = resolve(path)
-    base = _adapter_base(folder) if (folder / _ADAPTER).exists() else folder
-    file = base / "generation_config.json"
-    named = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+    base = _adapter_base(folder) if (folder / ADAPTER).exists() else folder
+    # Without a generation configuration transformers derives one from the model's.
+    name = "generation_config.json" if (base / "generation_config.json").exists() else "config.json"
+    named = refuse_code(base / name).get("eos_token_id")
     several = named if isinstance(named, list) else [named]
     return frozenset(i for i in (*several, tokenizer.eos_token_id) if isinstance(i, int))
 

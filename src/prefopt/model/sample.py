@@ -1,6 +1,7 @@
 """Completions from a local model, through transformers' own generation."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ from prefopt.errors import ConfigError
 from prefopt.model.load import max_positions
 from prefopt.model.logprobs import plain_attention, plain_model
 
-__all__ = ["Sampled", "sample"]
+__all__ = ["Sampled", "own_distribution", "sample"]
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,11 @@ def sample(
 
     They come from the model's own distribution: top_k, penalties and other defaults of the model's
     generation configuration are not applied. Prompts of similar length share a batch; the seed
-    reproduces the samples for the same prompts and `batch_tokens`.
+    reproduces the samples for the same prompts and `batch_tokens`, not across batch sizes. Where the
+    model's positions end first, a completion ends there, unfinished.
 
     Args:
-        temperature: 0 decodes greedily.
+        temperature: 0 decodes greedily; every completion of a prompt is then the same.
         on_progress: Is told how many prompts have just been completed.
     """
     plain = plain_model(model)
@@ -60,44 +62,67 @@ def sample(
             expected=f"fewer than the model's {limit} positions",
             todo="Shorten the prompt.",
         )
-    plain.set_attn_implementation(plain_attention(plain))
+    room = {i: min(max_new_tokens, (limit or max_new_tokens + len(p)) - len(p)) for i, p in enumerate(prompts)}
+    draws = completions if temperature > 0 else 1
+    device = next(plain.parameters()).device
     was_training = model.training
     model.eval()
     drawn: dict[int, list[Sampled]] = {}
     try:
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(seed)
-            for batch in _batches(prompts, completions, max_new_tokens, batch_tokens):
-                room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompts[batch[-1]]))
-                config = _generation(temperature, top_p, room, stop_ids, completions)
+        with own_distribution(plain), _own_seed(seed, device), torch.no_grad():
+            for batch in _batches(prompts, room, draws, batch_tokens):
+                config = _generation(temperature, top_p, room[batch[0]], stop_ids, draws)
                 for one in _generate(plain, prompts, batch, config, stop_ids):
                     drawn.setdefault(one.prompt_index, []).append(one)
                 on_progress(len(batch))
     finally:
         model.train(was_training)
-    return [one for number in range(len(prompts)) for one in drawn[number]]
+    return [one for number in range(len(prompts)) for one in drawn[number] * (completions // draws)]
+
+
+@contextmanager
+def own_distribution(model: PreTrainedModel) -> Iterator[None]:
+    """`generate` follows the configuration it is given and nothing else, with transformers' own attention.
+
+    It fills what that configuration leaves open from the model's: penalties, beams, banned tokens.
+    """
+    attention, defaults = model.config._attn_implementation, model.generation_config
+    try:
+        model.generation_config = GenerationConfig()
+        model.set_attn_implementation(plain_attention(model))
+        yield
+    finally:
+        model.generation_config = defaults
+        if attention is not None:
+            model.set_attn_implementation(attention)
+
+
+@contextmanager
+def _own_seed(seed: int, device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _batches(
-    prompts: Sequence[Int32[np.ndarray, " _"]], completions: int, new: int, batch_tokens: int
+    prompts: Sequence[Int32[np.ndarray, " _"]], room: dict[int, int], draws: int, batch_tokens: int
 ) -> Iterator[list[int]]:
-    """Prompt numbers in batches of similar length; the last one of a batch is its longest."""
+    """Prompt numbers in batches of similar length and the same room for new tokens."""
     batch: list[int] = []
-    for number in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
-        if batch and (len(batch) + 1) * completions * (len(prompts[number]) + new) > batch_tokens:
+    for number in sorted(room, key=lambda i: len(prompts[i])):
+        tokens = (len(batch) + 1) * draws * (len(prompts[number]) + room[number])
+        if batch and (tokens > batch_tokens or room[number] != room[batch[0]]):
             yield batch
             batch = []
         batch.append(number)
     yield batch
 
 
-def _generation(
-    temperature: float, top_p: float, room: int, stop_ids: frozenset[int], completions: int
-) -> GenerationConfig:
+def _generation(temperature: float, top_p: float, room: int, stop_ids: frozenset[int], draws: int) -> GenerationConfig:
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     return GenerationConfig(
         max_new_tokens=room,
-        num_return_sequences=completions,
+        num_return_sequences=draws,
         eos_token_id=sorted(stop_ids) or None,
         pad_token_id=0,  # masked on the left, cut off on the right: its value is never seen
         **(sampling if temperature > 0 else {"do_sample": False}),
@@ -118,8 +143,6 @@ def _generate(
         ids[row, longest - len(prompts[number]) :] = torch.from_numpy(prompts[number].astype(np.int64))
         mask[row, longest - len(prompts[number]) :] = 1
     device = next(model.parameters()).device
-    if config.num_return_sequences != 1 and not config.do_sample:
-        config.num_return_sequences = 1  # greedy decoding has one answer
     out = model.generate(  # type: ignore[operator]
         ids.to(device), attention_mask=mask.to(device), generation_config=config
     )

@@ -6,18 +6,22 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int32
+from jaxtyping import Bool, Int, Int32
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from prefopt.data.tokenize import Renderer
-from prefopt.errors import ConfigError
+from prefopt.errors import ConfigError, DataError
 from prefopt.model.load import LoadedModel, eos_ids, load_model, max_positions
+from prefopt.model.sample import own_distribution
 from prefopt.progress import say
 from prefopt.records import Message
 
 __all__ = ["chat"]
 
 _HELP = "/reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
+_NEXT_TURN = "\n\nHuman:"
 
 
 def chat(
@@ -31,27 +35,30 @@ def chat(
 ) -> None:
     """Read prompts from stdin, a line each, and write answers to stdout as they come.
 
-    A model with a chat template holds a conversation; one without continues each line as text.
+    A model with a chat template holds a conversation; one without continues each line as text,
+    unless `template` is "plain": then the conversation is written as Human:/Assistant: text.
     On a terminal a `>` asks; piped input is answered line by line and ends at its end.
 
     Raises:
-        ConfigError: a system message for a model without a chat template.
+        ConfigError: a system message where text is continued.
+        DataError: the input is not UTF-8.
         KeyboardInterrupt: Ctrl-C at the prompt.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     loaded = load_model(path, dtype=dtype, device=device)
     renderer = Renderer(loaded.tokenizer, template=template, eos_ids=eos_ids(path, loaded.tokenizer))
-    conversation = template != "plain" and bool(loaded.tokenizer.chat_template)
+    plain = template == "plain"
+    conversation = plain or bool(loaded.tokenizer.chat_template)
     if system and not conversation:
         raise ConfigError(
             "A system message does nothing here: the model continues text.",
             where="flag --system",
-            todo="Leave it out, or use a model with a chat template.",
+            todo="Leave it out, use a model with a chat template, or add --template plain.",
         )
     if seed is not None:
         torch.manual_seed(seed)
-    talk = _Talk(loaded, renderer, temperature, max_new_tokens, conversation, system)
+    talk = _Talk(loaded, renderer, temperature, max_new_tokens, conversation, system, _NEXT_TURN if plain else None)
     if sys.stdin.isatty():
         say(f"{path}: {renderer.description}\n{_HELP}")
     while (line := _ask()) is not None:
@@ -69,7 +76,10 @@ def _ask() -> str | None:
     """The next line, or None at the end of the input."""
     if sys.stdin.isatty():
         print("> ", end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline()
+    try:
+        line = sys.stdin.readline()
+    except UnicodeDecodeError as error:
+        raise DataError("The input is not text.", where="standard input", got=str(error), expected="UTF-8") from error
     return line.rstrip("\n") if line else None
 
 
@@ -84,10 +94,11 @@ class _Talk:
         max_new_tokens: int,
         conversation: bool,
         system: str | None,
+        next_turn: str | None,
     ) -> None:
         self.loaded, self.renderer = loaded, renderer
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
-        self.conversation = conversation
+        self.conversation, self.next_turn = conversation, next_turn
         self.system = [Message("system", system)] if system else []
         self.limit = max_positions(loaded.model.config)
         self.reset()
@@ -128,25 +139,47 @@ class _Talk:
             pad_token_id=0,
             **(sampling if self.temperature > 0 else {"do_sample": False}),
         )
-        stream = _Collected(self.loaded.tokenizer)
+        stream = _Collected(self.loaded.tokenizer, self.next_turn)
         try:
-            self.loaded.model.generate(  # type: ignore[operator]
-                prompt, attention_mask=torch.ones_like(prompt), generation_config=config, streamer=stream
-            )
+            with own_distribution(self.loaded.model):
+                self.loaded.model.generate(  # type: ignore[operator]
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    generation_config=config,
+                    streamer=stream,
+                    stopping_criteria=StoppingCriteriaList([stream]),
+                )
         except KeyboardInterrupt:
-            print(flush=True)
+            stream.end()  # type: ignore[no-untyped-call]
             say("(stopped)")
-        return "".join(stream.parts)
+        return stream.text
 
 
-class _Collected(TextStreamer):
-    """Prints text as it is finished and keeps it for the conversation."""
+class _Collected(TextStreamer, StoppingCriteria):
+    """Prints text as it is finished and keeps it for the conversation, up to where another's turn begins."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, next_turn: str | None) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.parts: list[str] = []
+        self.next_turn = next_turn
+        self.text = ""
+        self.printed = 0
+        self.ended = False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Called by transformers with each printable piece."""
-        self.parts.append(text)
-        print(text, end="\n" if stream_end else "", flush=True)
+        if not self.ended:
+            self.text += text
+        held = 0
+        if self.next_turn:
+            before, mark, _ = self.text.partition(self.next_turn)
+            self.text, self.ended = before, self.ended or bool(mark)
+            sizes = range(len(self.next_turn), 0, -1)
+            # What may yet become the mark is held back.
+            held = 0 if stream_end else next((n for n in sizes if before.endswith(self.next_turn[:n])), 0)
+        shown = len(self.text) - held
+        print(self.text[self.printed : shown], end="\n" if stream_end else "", flush=True)
+        self.printed = max(self.printed, shown)
+
+    def __call__(self, input_ids: Int[Tensor, "rows tokens"], scores: object, **_: object) -> Bool[Tensor, " rows"]:
+        """Called by transformers after each token: whether to stop."""
+        return torch.full((len(input_ids),), self.ended, device=input_ids.device)
