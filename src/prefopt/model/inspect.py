@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -28,7 +29,7 @@ def inspect_model(folder: Path) -> None:
         )
     config = refuse_code(folder / "config.json")
     kind = config.get("model_type")
-    if kind not in transformers.CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise ModelError(
             "transformers does not know this kind of model.",
             where=f"{folder / 'config.json'}, key model_type",
@@ -36,7 +37,16 @@ def inspect_model(folder: Path) -> None:
             expected="a model type of the installed transformers",
             todo=f"Update transformers (now {transformers.__version__}) if the model is newer than it.",
         )
-    if type(AutoConfig.from_pretrained(folder, trust_remote_code=False)) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    try:
+        parsed = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise ModelError(
+            "transformers does not take the model's configuration.",
+            where=str(folder / "config.json"),
+            got=" ".join(str(error).split())[:300],
+            todo="Download or save the model again.",
+        ) from error
+    if type(parsed) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(
             "This is not a causal language model.",
             where=str(folder / "config.json"),
@@ -51,9 +61,11 @@ def refuse_code(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError("The model's configuration is no JSON.", where=str(path), got=str(error)) from error
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__}, not an object")
+    except (ValueError, RecursionError) as error:
+        raise ModelError("The model's configuration is no JSON object.", where=str(path), got=str(error)) from error
 
     def keys(node: Any) -> set[str]:
         if isinstance(node, dict):
@@ -74,7 +86,15 @@ def inspect_weights(folder: Path, stem: str) -> None:
     """Weights are there, whole, and safetensors."""
     index = folder / f"{stem}.safetensors.index.json"
     if index.exists():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        named = refuse_code(index).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(s, str) and Path(s).name == s for s in named.values()):
+            raise ModelError(
+                "The index of the weight files is damaged.",
+                where=f"{index}, key weight_map",
+                expected="a file of this folder for every weight",
+                todo="Download it again.",
+            )
+        shards = sorted(set(named.values()))
         if absent := [s for s in shards if not (folder / s).is_file()]:
             raise ModelError(
                 "Weight files are missing.",
