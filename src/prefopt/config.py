@@ -169,7 +169,7 @@ class TrainConfig(DataConfig):
         Field(description="Arithmetic; bfloat16 keeps a float32 master copy. auto: bfloat16 on CUDA, else float32."),
     ] = "auto"
     checkpoint_activations: Annotated[
-        bool, Field(description="Recompute activations in the backward pass: less memory, about a fifth slower.")
+        bool, Field(description="Recompute activations in the backward pass: less memory, slower.")
     ] = False
     lora_rank: Annotated[int | None, Field(description="Train a LoRA adapter of this rank.", ge=1)] = None
     lora_alpha: Annotated[int | None, Field(description="LoRA scale; default: the rank.", ge=1)] = None

@@ -239,3 +239,10 @@ def test_changed_data_is_refused_on_resume(inputs: Path, tmp_path: Path) -> None
     data.write_text(data.read_text().replace("good", "Good", 1))
     done = prefopt("resume", str(run), cache=tmp_path, expect=2)
     assert str(data) in done.stderr and "changed" in done.stderr
+
+
+def test_a_wrong_lora_target_leaves_no_run_behind(inputs: Path, tmp_path: Path) -> None:
+    arguments = dpo(inputs, tmp_path / "run", "--lora-rank", "2", "--lora-targets", "w_q")
+    done = prefopt(*arguments, cache=tmp_path, expect=2)
+    assert "q_proj" in done.stderr
+    assert not (tmp_path / "run").exists()

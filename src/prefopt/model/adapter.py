@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.inspect import inspect_weights, listing, refuse_code
 
-__all__ = ["ADAPTER", "add_lora", "apply_adapter", "explained", "merged_state", "peft_warnings"]
+__all__ = ["ADAPTER", "add_lora", "apply_adapter", "check_targets", "explained", "merged_state", "peft_warnings"]
 
 ADAPTER = "adapter_config.json"
 
@@ -30,16 +30,7 @@ def add_lora(
     Raises:
         ConfigError: a target is no layer of this model; names those that are.
     """
-    head = model.get_output_embeddings()  # scored by its weight alone: an adapter on it would do nothing
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
-    linear = {name.rsplit(".", 1)[-1] for name, _ in layers}
-    if targets and (unknown := set(targets) - linear):
-        raise ConfigError(
-            "The model has no such layer.",
-            where="lora_targets",
-            got=", ".join(sorted(unknown)),
-            expected=f"some of {', '.join(sorted(linear))}",
-        )
+    check_targets(model, targets)
     with torch.random.fork_rng(), peft_warnings():
         torch.manual_seed(seed)
         config = LoraConfig(
@@ -52,6 +43,20 @@ def add_lora(
         adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
     return adapted
+
+
+def check_targets(model: PreTrainedModel, targets: tuple[str, ...] | None) -> None:
+    """Raise ConfigError unless every target is a linear layer of `model`; recipes ask before they make a run."""
+    head = model.get_output_embeddings()  # scored by its weight alone: an adapter on it would do nothing
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
+    linear = {name.rsplit(".", 1)[-1] for name, _ in layers}
+    if targets and (unknown := set(targets) - linear):
+        raise ConfigError(
+            "The model has no such layer.",
+            where="lora_targets",
+            got=", ".join(sorted(unknown)),
+            expected=f"some of {', '.join(sorted(linear))}",
+        )
 
 
 def apply_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:

@@ -24,7 +24,7 @@ def make_policy(model: PreTrainedModel, config: TrainConfig) -> torch.nn.Module:
     if config.checkpoint_activations:
         if hasattr(model, "activation_checkpointing_enable"):
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        else:  # its name before transformers 5.23
+        else:  # its older name
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.lora_rank is None:
         return model

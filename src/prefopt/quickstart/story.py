@@ -92,7 +92,6 @@ def _sft(model: Path, data: Path, out: Path, *, lr: float, epochs: int, seed: in
             epochs=epochs,
             batch_rows=32,
             max_length=128,
-            max_refused=0.5,  # a small grammar says some things twice, and exact duplicates are refused
             eval_share=0.05,
             schedule="cosine",
             samples=4,

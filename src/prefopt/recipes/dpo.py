@@ -9,6 +9,7 @@ from prefopt.data.group import CompletionGroup
 from prefopt.data.pack import PackedBatch, micro_batches, pack
 from prefopt.errors import DataError
 from prefopt.losses import LossTotal, dpo
+from prefopt.model.adapter import check_targets
 from prefopt.model.kl import ReferenceStates, sequence_kl_sum
 from prefopt.model.load import LoadedModel, load_reference
 from prefopt.model.logprobs import PathChoice, sequence_logprob_sum
@@ -34,6 +35,7 @@ def train(config: DPOConfig, resumed: RunFolder | None = None) -> RunFolder:
     if resumed is None:
         RunFolder.refuse_taken(config.out)
     loaded, renderer = load(config, dtype, device)
+    check_targets(loaded.model, config.lora_targets)
     groups, audit = read_groups(config, loaded.model, renderer, _comparisons)
     rows = split_rows(config, groups, audit)
     reference = load_reference(config.reference, loaded, dtype, device) if config.reference else loaded

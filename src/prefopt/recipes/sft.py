@@ -7,6 +7,7 @@ from prefopt.data.group import CompletionGroup
 from prefopt.data.pack import PackedBatch
 from prefopt.errors import DataError
 from prefopt.losses import LossTotal, negative_log_likelihood
+from prefopt.model.adapter import check_targets
 from prefopt.model.logprobs import sequence_logprob_sum
 from prefopt.model.policy import make_policy
 from prefopt.outcome import Sampler, finish
@@ -32,6 +33,7 @@ def train(config: SFTConfig, resumed: RunFolder | None = None) -> RunFolder:
     if resumed is None:
         RunFolder.refuse_taken(config.out)
     loaded, renderer = load(config, dtype, device)
+    check_targets(loaded.model, config.lora_targets)
     groups, audit = read_groups(config, loaded.model, renderer, _demonstrations)
     rows = split_rows(config, groups, audit)
     run = begin_run(config, "sft", rows, manifest(config, loaded), resumed)

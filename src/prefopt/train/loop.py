@@ -131,7 +131,8 @@ def fit(
                 _log(run, health, step, "eval", objective.evaluate())
             if step == steps:
                 break
-            rows = [groups[i] for i in _rows(step, config, len(groups), objective.batch)]
+            order = rows_of_step(step, rows=len(groups), batch=objective.batch, seed=config.seed)
+            rows = [groups[i] for i in order]
             run.event("rows", step=step, rows=[str(g.source) for g in rows])
             lr = learning_rate(step, total=steps, peak=objective.lr, warmup=config.warmup, schedule=config.schedule)
             for parameters in optimizer.param_groups:
@@ -156,10 +157,6 @@ def fit(
             metrics = _train_metrics(result, lr, seconds, len(rows), objective.unit)
             _log(run, health, step, "train", metrics)
             bar.advance(1, note=f"loss {result.loss:.4f}")
-
-
-def _rows(step: int, config: TrainConfig, rows: int, batch: int) -> list[int]:
-    return rows_of_step(step, rows=rows, batch=batch, seed=config.seed)
 
 
 def _marks(steps: int, every: int | None) -> set[int]:
