@@ -90,12 +90,12 @@ def prefopt(pairs: list[Pair], batch: int, dtype: torch.dtype) -> dict[str, Any]
     with torch.no_grad():
         for part in micro_batches(groups, 4096):
             keys = [g.sequence_key(k) for g in part for k in (0, 1)]
-            reference |= dict(zip(keys, sequence_logprob_sum(policy, pack(part), "packed").tolist(), strict=True))
+            reference |= dict(zip(keys, sequence_logprob_sum(policy, pack(part), "shared").tolist(), strict=True))
     masters = Masters(policy.parameters())
     optimizer = make_optimizer("adamw", masters.parameters, lr=1e-6, weight_decay=0.0)
 
     def loss_of(b: PackedBatch) -> LossTotal:
-        sums = sequence_logprob_sum(policy, b, "packed")
+        sums = sequence_logprob_sum(policy, b, "shared")
         known = torch.tensor([reference[g.sequence_key(k)] for g in b.groups for k in (0, 1)])
         return dpo(
             policy_chosen=sums[0::2],

@@ -42,7 +42,7 @@ def gradients(model: PreTrainedModel, sums: Callable[[], Tensor]) -> tuple[Tenso
     return values.detach(), grads
 
 
-@pytest.mark.parametrize("path", ["packed", "padded"])
+@pytest.mark.parametrize("path", ["shared", "padded"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_values_and_gradients_equal_transformers(architecture: str, path: Path) -> None:
     model = model_of(architecture)
@@ -56,9 +56,9 @@ def test_values_and_gradients_equal_transformers(architecture: str, path: Path) 
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_sharable_models_take_the_packed_path(architecture: str) -> None:
+def test_sharable_models_take_the_shared_path(architecture: str) -> None:
     choice = choose_path(model_of(architecture), pack(GROUPS))
-    assert choice.path == "packed"
+    assert choice.path == "shared"
     assert choice.max_difference <= 1e-4
 
 

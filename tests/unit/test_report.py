@@ -164,7 +164,7 @@ def test_what_it_was_made_of(tmp_path: Path) -> None:
         data={"pairs.jsonl": "sha256:bbbb", "folder": json.dumps({"part-0.parquet": "cccc"})},
         versions={"prefopt": "0.1.0", "torch": "2.13.0"},
     )
-    run.event("path", step=0, path="packed", reason="fits", max_difference=2.3e-5)
+    run.event("path", step=0, path="shared", reason="fits", max_difference=2.3e-5)
     (run.path / "audit.json").write_text(
         json.dumps(
             {
@@ -186,7 +186,7 @@ def test_what_it_was_made_of(tmp_path: Path) -> None:
         "sha256:aaaa",
         "pairs.jsonlsha256:bbbb",
         "folder/part-0.parquetsha256:cccc",
-        "packed path; 2.3e-05 nats a sequence at most",
+        "shared path; 2.3e-05 nats a sequence at most",
         "read2,400",
         "refused40",
         "trained on2,260",
@@ -211,11 +211,11 @@ def test_time_taken_leaves_out_the_pause_before_a_resumption(tmp_path: Path) -> 
     ]
     write_lines(
         run.path / "events.jsonl",
-        [{"time": f"2026-01-01T{time}+00:00", "step": 5, "event": event, "path": "packed"} for time, event in times],
+        [{"time": f"2026-01-01T{time}+00:00", "step": 5, "event": event, "path": "shared"} for time, event in times],
     )
     text = report(run).text
     assert "1 min 30 s" in text
-    assert text.count("packed path") == 1
+    assert text.count("shared path") == 1
     assert "2026-01-01 09:00:00 UTC" in text
 
 

@@ -30,14 +30,14 @@ def test_cached_equals_live_and_is_found_again(tmp_path: Path) -> None:
 
     def scorer():  # type: ignore[no-untyped-def]
         calls.append(1)
-        return lambda batch: sequence_logprob_sum(model, batch, "packed")
+        return lambda batch: sequence_logprob_sum(model, batch, "shared")
 
     cache = ReferenceCache(tmp_path, "weights float32")
     first = reference_logprobs(GROUPS, cache, scorer, tokens_per_batch=12)
     again = reference_logprobs(list(reversed(GROUPS)), cache, scorer, tokens_per_batch=100)
     assert first == again and len(calls) == 1
     with torch.no_grad():
-        live = sequence_logprob_sum(model, pack(GROUPS), "packed")
+        live = sequence_logprob_sum(model, pack(GROUPS), "shared")
     keys = [g.sequence_key(k) for g in GROUPS for k in (0, 1)]
     torch.testing.assert_close(torch.tensor([first[k] for k in keys]), live, atol=1e-5, rtol=1e-6)
     other = ReferenceCache(tmp_path, "other weights float32")
@@ -52,11 +52,11 @@ def test_a_killed_reference_pass_goes_on_where_it_stopped(tmp_path: Path) -> Non
         if seen:
             raise KeyboardInterrupt
         seen.append(batch.sequences)
-        return sequence_logprob_sum(model, batch, "packed")
+        return sequence_logprob_sum(model, batch, "shared")
 
     def rest(batch: PackedBatch) -> torch.Tensor:
         seen.append(batch.sequences)
-        return sequence_logprob_sum(model, batch, "packed")
+        return sequence_logprob_sum(model, batch, "shared")
 
     cache = ReferenceCache(tmp_path, "w")
     with pytest.raises(KeyboardInterrupt):
@@ -82,7 +82,7 @@ def test_the_cache_holds_sums_and_counts(tmp_path: Path) -> None:
 def test_kl_equals_the_sum_over_the_vocabulary() -> None:
     policy, reference = model_of("Llama", seed=1), model_of("Llama", seed=2)
     batch = pack(GROUPS)
-    ours = sequence_kl_sum(policy, ReferenceStates.of(reference, [batch], "packed"), [batch], "packed")
+    ours = sequence_kl_sum(policy, ReferenceStates.of(reference, [batch], "shared"), [batch], "shared")
     expected = []
     policy.set_attn_implementation("sdpa")
     reference.set_attn_implementation("sdpa")
@@ -94,7 +94,7 @@ def test_kl_equals_the_sum_over_the_vocabulary() -> None:
                 at = slice(len(g.prompt_ids) - 1, ids.shape[1] - 1)
                 expected.append((p[at].exp() * (p[at] - q[at])).sum())
     torch.testing.assert_close(ours.double(), torch.stack(expected), atol=1e-4, rtol=1e-5)
-    itself = sequence_kl_sum(policy, ReferenceStates.of(policy, [batch], "packed"), [batch], "packed")
+    itself = sequence_kl_sum(policy, ReferenceStates.of(policy, [batch], "shared"), [batch], "shared")
     assert itself.abs().max() == 0
 
 
@@ -103,7 +103,7 @@ def step(model: torch.nn.Module, poison: int | None = None) -> None:
     optimizer = make_optimizer("adamw", masters.parameters, lr=1e-2, weight_decay=0.0)
 
     def loss_of(batch: PackedBatch) -> LossTotal:
-        sums = sequence_logprob_sum(model, batch, "packed")
+        sums = sequence_logprob_sum(model, batch, "shared")
         if poison is not None:
             owner = torch.tensor([g.source.row for g in batch.groups for _ in g.completions])
             sums = torch.where(owner == poison, sums * float("nan"), sums)
@@ -155,17 +155,17 @@ def test_lora_off_is_the_base() -> None:
     base = model_of("Llama")
     batch = pack(GROUPS)
     with torch.no_grad():
-        alone = sequence_logprob_sum(base, batch, "packed")
+        alone = sequence_logprob_sum(base, batch, "shared")
     config = DPOConfig(model="m", data=("d",), out=Path("o"), beta=0.1, lora_rank=2)
     policy = make_policy(base, config)
     with torch.no_grad():
-        assert torch.equal(sequence_logprob_sum(policy, batch, "packed"), alone), "an adapter starts as the identity"
+        assert torch.equal(sequence_logprob_sum(policy, batch, "shared"), alone), "an adapter starts as the identity"
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:
                 parameter.add_(0.1)
-        assert not torch.equal(sequence_logprob_sum(policy, batch, "packed"), alone)
+        assert not torch.equal(sequence_logprob_sum(policy, batch, "shared"), alone)
         with policy.disable_adapter():  # type: ignore[operator]
-            assert torch.equal(sequence_logprob_sum(policy, batch, "packed"), alone)
+            assert torch.equal(sequence_logprob_sum(policy, batch, "shared"), alone)
 
 
 @pytest.mark.parametrize(

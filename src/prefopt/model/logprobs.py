@@ -1,6 +1,6 @@
 """Sequence log-probabilities of a packed batch: the one function that every recipe scores with.
 
-Two paths with the same values and gradients: `packed` runs the row as it stands (prompt once, no
+Two paths with the same values and gradients: `shared` runs the row as it stands (prompt once, no
 padding) with attention by segments; `padded` unpacks it into one row per sequence for models that
 cannot share a prefix. `choose_path` decides by inspection and proves it on the first batch,
 against transformers' own logits, one sequence at a time.
@@ -31,7 +31,7 @@ __all__ = [
     "transformers_logprob_sum",
 ]
 
-Path = Literal["packed", "padded"]
+Path = Literal["shared", "padded"]
 
 # Largest difference of a sequence log-probability between the two paths, per scored token (nats).
 # float32: rounding, orders below what any layout mistake makes; bfloat16: 8 bits of mantissa.
@@ -54,10 +54,10 @@ def sequence_logprob_sum(model: torch.nn.Module, batch: PackedBatch, path: Path)
 
 def target_hidden(model: torch.nn.Module, batch: PackedBatch, path: Path) -> Float[Tensor, "targets hidden"]:
     """The last hidden states that predict `batch.targets`, in the same order."""
-    return _packed_hidden(model, batch) if path == "packed" else _padded_hidden(model, batch)
+    return _shared_hidden(model, batch) if path == "shared" else _padded_hidden(model, batch)
 
 
-def _packed_hidden(model: torch.nn.Module, batch: PackedBatch) -> Float[Tensor, "targets hidden"]:
+def _shared_hidden(model: torch.nn.Module, batch: PackedBatch) -> Float[Tensor, "targets hidden"]:
     out = _backbone(model, SEGMENTS)(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
@@ -132,7 +132,7 @@ class PathChoice:
     max_difference: float
 
     def __str__(self) -> str:
-        shared = "prompts shared, no padding" if self.path == "packed" else "one padded row per completion"
+        shared = "prompts shared, no padding" if self.path == "shared" else "one padded row per completion"
         return (
             f"log-probabilities: {self.path} path ({shared}) - {self.reason}; "
             f"largest difference to transformers on the first batch {self.max_difference:.1e} nats a sequence"
@@ -140,7 +140,7 @@ class PathChoice:
 
 
 def choose_path(model: torch.nn.Module, batch: PackedBatch) -> PathChoice:
-    """Inspect the model, score `batch` packed and plainly, and take the packed path only if both agree.
+    """Inspect the model, score `batch` shared and plainly, and take the shared path only if both agree.
 
     Raises:
         ModelError: neither path gives transformers' log-probabilities, so the model does something
@@ -166,10 +166,10 @@ def _compare(model: torch.nn.Module, batch: PackedBatch) -> PathChoice:
     reason = cannot_share(plain_model(model))
     if reason is None:
         try:
-            agrees, difference = off("packed")
+            agrees, difference = off("shared")
             if agrees:
-                return PathChoice("packed", "checked against transformers", difference)
-            reason = f"packed differs from transformers by {difference:.1e} nats"
+                return PathChoice("shared", "checked against transformers", difference)
+            reason = f"shared differs from transformers by {difference:.1e} nats"
         except UnsharableError as error:
             reason = f"its layers need {error}"
     agrees, difference = off("padded")
