@@ -3,15 +3,17 @@
 import math
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from prefopt.config import DPOConfig
 from prefopt.data.group import CompletionGroup
 from prefopt.data.pack import PackedBatch, pack
 from prefopt.errors import DataError, NonFiniteError
-from prefopt.losses import LossTotal, negative_log_likelihood
+from prefopt.losses import LossTotal, dpo, negative_log_likelihood
 from prefopt.model.kl import ReferenceStates, sequence_kl_sum
 from prefopt.model.logprobs import sequence_logprob_sum
 from prefopt.model.policy import make_policy
@@ -183,3 +185,56 @@ def test_learning_rates_by_hand(schedule: str, expected: list[float]) -> None:
     ]
     assert rates == pytest.approx(expected)
     assert learning_rate(0, total=20, peak=1.0, warmup=0.1, schedule="constant") == 0.5
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for a device: reading a number, or a shape that depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        masks = [t for t in torch.utils._pytree.tree_leaves(args[1:]) if isinstance(t, torch.Tensor)]
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "_unique2") or (
+            name in ("index", "index_put", "index_put_") and any(t.dtype == torch.bool for t in masks)
+        ):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_number_is_read_inside_a_step() -> None:
+    with Reads() as reads:
+        float(torch.ones(()))
+        torch.ones(3)[torch.tensor([True, False, True])]
+    assert len(reads.seen) == 2, "the counting itself works"
+    model = model_of("Llama")
+    masters = Masters(model.parameters())
+    optimizer = torch.optim.SGD(masters.parameters, lr=0.1)  # torch's AdamW reads its own counter, on the CPU
+
+    def loss_of(batch: PackedBatch) -> LossTotal:
+        sums = sequence_logprob_sum(model, batch, "shared")
+        known = torch.zeros_like(sums)[: len(sums) // 2]
+        return dpo(
+            policy_chosen=sums[0::2],
+            policy_rejected=sums[1::2],
+            reference_chosen=known,
+            reference_rejected=known,
+            beta=0.1,
+            weights=batch.weights,
+        )
+
+    with Reads() as reads:
+        result = train_step(
+            [g for g in GROUPS if len(g.completions) == 2],
+            loss_of,
+            lambda _: 1,
+            optimizer,
+            masters,
+            tokens_per_batch=40,
+            max_grad_norm=1.0,
+            device=torch.device("cpu"),
+        )
+    assert result.grad_norm > 1 and result.loss > 0
+    assert reads.seen == []

@@ -1,9 +1,11 @@
 """One optimiser step: micro-batches in, one global division, one check, one update."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from prefopt.data.group import CompletionGroup
@@ -55,11 +57,12 @@ def train_step(
         (total.losses.sum() / count).backward()
         tally.add(batch, total)
     norm = gradient_norm(masters.parameters)
-    result = StepResult(tally.loss(count), float(norm), tally.means(), tally.tokens)
-    if not (torch.isfinite(norm) and tally.finite()):
+    torch.nn.utils.clip_grads_with_norm_(masters.parameters, max_grad_norm, norm)
+    grad_norm, summary = tally.read(norm)
+    result = StepResult(summary.loss_sum / count, grad_norm, summary.means, tally.tokens)
+    if not (math.isfinite(grad_norm) and summary.finite):
         optimizer.zero_grad(set_to_none=True)
         raise _non_finite(tally, result, groups)
-    torch.nn.utils.clip_grads_with_norm_(masters.parameters, max_grad_norm, norm)
     optimizer.step()
     masters.refresh()
     return result
@@ -81,11 +84,19 @@ def evaluate_loss(
         batch = pack(part).to(device)
         tally.add(batch, loss_of(batch))
         advance(len(part))
-    return {"loss": tally.loss(sum(count_of(g) for g in groups)), **tally.means()}
+    _, summary = tally.read(torch.zeros((), device=device))
+    return {"loss": summary.loss_sum / sum(count_of(g) for g in groups), **summary.means}
+
+
+@dataclass(frozen=True)
+class _Summary:
+    loss_sum: float
+    finite: bool
+    means: dict[str, float]
 
 
 class _Tally:
-    """Sums over micro-batches, kept on the device until asked for."""
+    """Sums over micro-batches, kept on the device until they are read, all at once."""
 
     def __init__(self) -> None:
         self.groups: list[CompletionGroup] = []
@@ -100,14 +111,12 @@ class _Tally:
             self.metrics.setdefault(name, []).append(values)
         self.tokens += len(batch.input_ids)
 
-    def loss(self, count: int) -> float:
-        return float(torch.cat(self.losses).double().sum()) / count
-
-    def means(self) -> dict[str, float]:
-        return {name: float(torch.cat(parts).double().mean()) for name, parts in self.metrics.items()}
-
-    def finite(self) -> bool:
-        return bool(torch.isfinite(torch.cat(self.losses)).all())
+    def read(self, also: Float[Tensor, ""]) -> tuple[float, _Summary]:
+        """`also`, and everything tallied, in the one transfer of a step: the device is waited for here only."""
+        losses = torch.cat(self.losses).double()
+        means = [torch.cat(parts).double().mean() for parts in self.metrics.values()]
+        numbers = torch.stack([also.double(), losses.sum(), losses.isfinite().all().double(), *means]).tolist()
+        return numbers[0], _Summary(numbers[1], bool(numbers[2]), dict(zip(self.metrics, numbers[3:], strict=True)))
 
     def bad_rows(self) -> list[str]:
         finite = torch.isfinite(torch.cat(self.losses)).tolist()
