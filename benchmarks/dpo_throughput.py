@@ -1,14 +1,17 @@
 """Pairs per second and peak memory of DPO training: prefopt, plain padded code, TRL, on the same rows.
 
     .venv/bin/pip install -c constraints.txt -e '.[bench]'
-    .venv/bin/python benchmarks/dpo_throughput.py                    # all mixes, float32
+    .venv/bin/python benchmarks/dpo_throughput.py                    # all mixes, float32, two CPU cores
     .venv/bin/python benchmarks/dpo_throughput.py --mix 350/40/40 --dtype bfloat16
+    .venv/bin/python benchmarks/dpo_throughput.py --file pairs.jsonl.gz --tokenizer FOLDER
+    .venv/bin/python benchmarks/dpo_throughput.py --device cuda --shape 1.5B --dtype bfloat16 --pairs 96 --batch 16
 
-Every contestant runs in a process of its own (its peak resident memory is its own), on the same
-rows, batch and weights, with AdamW. Rates are medians over the timed steps after one warm-up step.
-The first step's loss and gradient norm are printed: a speed-up counts only if they agree.
+Every contestant runs in a process of its own (its peak memory is its own), on the same rows, batch
+and weights, with AdamW and float32 master weights. Rates are medians over the timed steps after one
+warm-up step. The first step's loss and gradient norm are printed: a speed-up counts only if they agree.
 The plain code and `trl tuned` have the reference's log-probabilities given, as prefopt has them
-from its cache; `trl default` runs as it comes.
+from its cache; `trl default` runs as it comes. On CUDA `trl tuned` halves its micro-batch until it
+fits, without gradient checkpointing if it can; useful FLOPs are set beside the measured matmul rate.
 """
 
 import argparse
@@ -21,55 +24,42 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-MIXES = ("180/330/270", "350/40/40", "800/200/200")
+from workload import BETA, EOS, MIXES, SHAPES, Pair, matmul_flops, model, rows, rows_of_file, useful_flops
+
 CONTESTANTS = ("prefopt", "plain padded", "trl tuned", "trl default")
-VOCABULARY, EOS, BETA = 32_000, 1, 0.1
-Pair = tuple[list[int], list[int], list[int]]
 
 
-def rows(mix: str, pairs: int) -> list[Pair]:
-    """Log-normal lengths (sigma 0.6) around the mix's means; completions end in EOS."""
-    rng = np.random.default_rng(0)
-    prompt, chosen, rejected = (int(n) for n in mix.split("/"))
+@dataclass(frozen=True)
+class Setting:
+    """What is the same for all contestants."""
 
-    def ids(mean: int) -> list[int]:
-        length = max(2, round(mean * float(rng.lognormal(-0.18, 0.6))))
-        return [int(i) for i in rng.integers(10, VOCABULARY, length)]
+    shape: str
+    device: str
+    dtype: torch.dtype
+    batch: int
 
-    return [(ids(prompt), [*ids(chosen), EOS], [*ids(rejected), EOS]) for _ in range(pairs)]
+    @property
+    def vocabulary(self) -> int:
+        """Tokens of the shape's vocabulary."""
+        return SHAPES[self.shape][0]
 
-
-def model(dtype: torch.dtype) -> LlamaForCausalLM:
-    """Llama-shaped, 6 layers x 288, the same random weights for everybody."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=288,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=6,
-        max_position_embeddings=8192,
-        bos_token_id=EOS,
-        eos_token_id=EOS,
-        pad_token_id=0,
-    )
-    made: LlamaForCausalLM = LlamaForCausalLM(config).to(dtype)  # type: ignore[arg-type]
-    return made
+    def policy(self, dtype: torch.dtype | None = None) -> Any:
+        """The model to train."""
+        return model(self.shape, dtype or self.dtype, self.device)
 
 
 # --- prefopt: its own step, as `prefopt dpo` runs it ---------------------------------------------
 
 
-def prefopt(pairs: list[Pair], batch: int, dtype: torch.dtype) -> dict[str, Any]:
+def prefopt(pairs: list[Pair], setting: Setting) -> dict[str, Any]:
     from prefopt.data.group import Completion, CompletionGroup
     from prefopt.data.pack import PackedBatch, micro_batches, pack
     from prefopt.losses import LossTotal, dpo
@@ -81,22 +71,25 @@ def prefopt(pairs: list[Pair], batch: int, dtype: torch.dtype) -> dict[str, Any]
     def side(ids: list[int]) -> Completion:
         return Completion(np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=bool))
 
+    device = torch.device(setting.device)
     groups = [
         CompletionGroup(np.array(p, dtype=np.int32), (side(c), side(r)), Source("rows", i))
         for i, (p, c, r) in enumerate(pairs)
     ]
-    policy = model(dtype)
+    policy = setting.policy()
+    budget = 4096 if setting.device == "cpu" else 16_384
     reference: dict[bytes, float] = {}
     with torch.no_grad():
-        for part in micro_batches(groups, 4096):
+        for part in micro_batches(groups, budget):
             keys = [g.sequence_key(k) for g in part for k in (0, 1)]
-            reference |= dict(zip(keys, sequence_logprob_sum(policy, pack(part), "shared").tolist(), strict=True))
+            sums = sequence_logprob_sum(policy, pack(part).to(device), "shared")
+            reference |= dict(zip(keys, sums.tolist(), strict=True))
     masters = Masters(policy.parameters())
     optimizer = make_optimizer("adamw", masters.parameters, lr=1e-6, weight_decay=0.0)
 
     def loss_of(b: PackedBatch) -> LossTotal:
         sums = sequence_logprob_sum(policy, b, "shared")
-        known = torch.tensor([reference[g.sequence_key(k)] for g in b.groups for k in (0, 1)])
+        known = torch.tensor([reference[g.sequence_key(k)] for g in b.groups for k in (0, 1)]).to(device)
         return dpo(
             policy_chosen=sums[0::2],
             policy_rejected=sums[1::2],
@@ -107,25 +100,25 @@ def prefopt(pairs: list[Pair], batch: int, dtype: torch.dtype) -> dict[str, Any]
 
     def step(start: int) -> tuple[float, float]:
         result = train_step(
-            groups[start : start + batch],
+            groups[start : start + setting.batch],
             loss_of,
             lambda _: 1,
             optimizer,
             masters,
-            tokens_per_batch=4096,
+            tokens_per_batch=budget,
             max_grad_norm=1e9,
-            device=torch.device("cpu"),
+            device=device,
         )
         return result.loss, result.grad_norm
 
-    return _timed(step, len(pairs), batch)
+    return _timed(step, len(pairs), setting.batch)
 
 
 # --- plain padded code: what a careful person writes with transformers alone ---------------------
 
 
-def plain_padded(pairs: list[Pair], batch: int, dtype: torch.dtype) -> dict[str, Any]:
-    policy = model(dtype)
+def plain_padded(pairs: list[Pair], setting: Setting) -> dict[str, Any]:
+    policy, device, dtype = setting.policy(), setting.device, setting.dtype
     masters = [p if dtype == torch.float32 else p.detach().float().requires_grad_() for p in policy.parameters()]
     optimizer = torch.optim.AdamW(masters, lr=1e-6, weight_decay=0.0)
 
@@ -139,6 +132,7 @@ def plain_padded(pairs: list[Pair], batch: int, dtype: torch.dtype) -> dict[str,
             ids[i, : len(p) + len(c)] = torch.tensor(p + c)
             mask[i, : len(p) + len(c)] = 1
             scored[i, len(p) : len(p) + len(c)] = 1
+        ids, mask, scored = ids.to(device), mask.to(device), scored.to(device)
         logits = policy(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
         picked = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
         total: torch.Tensor = (picked * scored[:, 1:]).sum(1)
@@ -148,8 +142,8 @@ def plain_padded(pairs: list[Pair], batch: int, dtype: torch.dtype) -> dict[str,
         reference = [logprobs([pair]) for pair in pairs]
 
     def step(start: int) -> tuple[float, float]:
-        part = pairs[start : start + batch]
-        sums, known = logprobs(part), torch.stack(reference[start : start + batch])
+        part = pairs[start : start + setting.batch]
+        sums, known = logprobs(part), torch.stack(reference[start : start + setting.batch])
         n = len(part)
         margin = BETA * ((sums[:n] - known[:, 0]) - (sums[n:] - known[:, 1]))
         loss = -torch.nn.functional.logsigmoid(margin).mean()
@@ -167,37 +161,58 @@ def plain_padded(pairs: list[Pair], batch: int, dtype: torch.dtype) -> dict[str,
                     live.copy_(master)
         return float(loss), float(norm)
 
-    return _timed(step, len(pairs), batch)
+    return _timed(step, len(pairs), setting.batch)
 
 
 def _timed(step: Callable[[int], tuple[float, float]], pairs: int, batch: int) -> dict[str, Any]:
     first, seconds = None, []
     for start in range(0, pairs, batch):
+        _wait()
         began = time.perf_counter()
         result = step(start)
+        _wait()
         seconds.append(time.perf_counter() - began)
         first = first or result
     assert first is not None
     return {"seconds": seconds, "loss": first[0], "grad_norm": first[1]}
 
 
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 # --- TRL: its DPOTrainer on the same rows, tokenised to the same ids ------------------------------
 
 
-def trl(pairs: list[Pair], batch: int, dtype: torch.dtype, tuned: bool) -> dict[str, Any]:
+def trl(pairs: list[Pair], setting: Setting, tuned: bool) -> dict[str, Any]:
+    """TRL's trainer; on CUDA the largest micro-batch that fits, recomputing activations only as a last resort."""
+    micro, recompute = setting.batch, False
+    while True:
+        try:
+            return _trl(pairs, setting, tuned, micro, recompute)
+        except torch.cuda.OutOfMemoryError:
+            if micro == 1 and (recompute or not tuned):
+                raise
+            micro, recompute = (micro // 2, recompute) if micro > 1 else (setting.batch, True)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def _trl(pairs: list[Pair], setting: Setting, tuned: bool, micro: int, recompute: bool) -> dict[str, Any]:
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
     # Fixed width, so that no word is part of another: special tokens are matched inside words.
-    words = {f"t{i:05}": i for i in range(VOCABULARY)}
-    raw = Tokenizer(models.WordLevel(words, unk_token="t00000"))
+    words = {f"t{i:06}": i for i in range(setting.vocabulary)}
+    raw = Tokenizer(models.WordLevel(words, unk_token="t000000"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=f"t{EOS:05}", pad_token="t00000")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=f"t{EOS:06}", pad_token="t000000")
 
     def text(ids: list[int]) -> str:
-        return " ".join(f"t{i:05}" for i in ids)
+        return " ".join(f"t{i:06}" for i in ids)
 
     # TRL splits prompt from completion by tokens of the concatenated text; EOS is there already.
     data = Dataset.from_list([{"prompt": text(p) + " ", "chosen": text(c), "rejected": text(r)} for p, c, r in pairs])
@@ -206,15 +221,18 @@ def trl(pairs: list[Pair], batch: int, dtype: torch.dtype, tuned: bool) -> dict[
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
+            _wait()
             self.began = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
+            _wait()
             seconds.append(time.perf_counter() - self.began)
 
         def on_log(self, *_: Any, **now: Any) -> None:
             logged.append(now["logs"])
 
-    options: dict[str, Any] = {"precompute_ref_log_probs": True, "gradient_checkpointing": False} if tuned else {}
+    own = {"precompute_ref_log_probs": True, "gradient_checkpointing": recompute}
+    options: dict[str, Any] = own if tuned else {}
     with tempfile.TemporaryDirectory() as out:
         config = DPOConfig(
             output_dir=out,
@@ -223,20 +241,21 @@ def trl(pairs: list[Pair], batch: int, dtype: torch.dtype, tuned: bool) -> dict[
             lr_scheduler_type="constant",
             weight_decay=0.0,
             max_grad_norm=1e9,
-            per_device_train_batch_size=batch,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=setting.batch // micro,
             max_length=None,
             num_train_epochs=1,
             logging_steps=1,
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
-            use_cpu=True,
-            bf16=dtype == torch.bfloat16,
+            use_cpu=setting.device == "cpu",
+            bf16=setting.dtype == torch.bfloat16,
             seed=0,
             **options,
         )
-        policy = model(torch.float32)
-        reference = None if tuned else model(torch.float32)
+        policy = setting.policy(torch.float32)
+        reference = None if tuned else setting.policy(torch.float32)
         trainer = DPOTrainer(policy, reference, args=config, train_dataset=data, processing_class=tokenizer)
         trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(data)
         trainer.add_callback(Clock())
@@ -247,23 +266,26 @@ def trl(pairs: list[Pair], batch: int, dtype: torch.dtype, tuned: bool) -> dict[
 # --- one process a contestant, one table a mix ----------------------------------------------------
 
 
-def contest(who: str, mix: str, pairs: int, batch: int, dtype: torch.dtype) -> dict[str, Any]:
+def contest(who: str, pairs: list[Pair], setting: Setting) -> dict[str, Any]:
     """Run one contestant in this process."""
-    torch.set_num_threads(torch.get_num_threads())
-    data = rows(mix, pairs)
     if who == "prefopt":
-        result = prefopt(data, batch, dtype)
+        result = prefopt(pairs, setting)
     elif who == "plain padded":
-        result = plain_padded(data, batch, dtype)
+        result = plain_padded(pairs, setting)
     else:
-        result = trl(data, batch, dtype, tuned=who == "trl tuned")
+        result = trl(pairs, setting, tuned=who == "trl tuned")
     timed = result["seconds"][1:]
+    on_gpu = setting.device == "cuda"
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    rate = setting.batch / statistics.median(timed)
+    useful = useful_flops(setting.shape, pairs[setting.batch :]) / (len(pairs) - setting.batch) * rate
     return {
         "loss": result["loss"],
         "grad_norm": result["grad_norm"],
-        "pairs_per_second": batch / statistics.median(timed),
+        "pairs_per_second": rate,
         "spread": (max(timed) - min(timed)) / statistics.median(timed),
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "peak_gb": (torch.cuda.max_memory_allocated() if on_gpu else resident) / 1e9,
+        "useful": useful / matmul_flops(setting.device, setting.dtype),
     }
 
 
@@ -276,6 +298,10 @@ def baseline_gb() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mix", nargs="+", default=list(MIXES), help="prompt/chosen/rejected mean lengths")
+    parser.add_argument("--file", type=Path, help="preference file whose lengths are taken instead")
+    parser.add_argument("--tokenizer", type=Path, help="model folder whose tokenizer measures them")
+    parser.add_argument("--shape", choices=SHAPES, default="15M")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--batch", type=int, default=4)
@@ -283,12 +309,23 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write every figure here")
     parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if (args.file is None) != (args.tokenizer is None):
+        parser.error("--file and --tokenizer go together")
+    if args.file:
+        args.mix = [args.file.name]
     if args.contestant:
-        print(json.dumps(contest(args.contestant, args.mix[0], args.pairs, args.batch, getattr(torch, args.dtype))))
+        setting = Setting(args.shape, args.device, getattr(torch, args.dtype), args.batch)
+        given = (
+            rows_of_file(args.file, args.tokenizer, args.pairs, setting.vocabulary)
+            if args.file
+            else rows(args.mix[0], args.pairs, setting.vocabulary)
+        )
+        print(json.dumps(contest(args.contestant, given, setting)))
         return
+    where = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
     print(
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"transformers {version('transformers')}, {args.dtype}, {args.pairs} pairs, batch {args.batch}"
+        f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"transformers {version('transformers')}, shape {args.shape}, {args.dtype}, {args.pairs} pairs, batch {args.batch}"
     )
     print(f"imports alone: {baseline_gb():.2f} GB\n")
     everything = {mix: _table(mix, args) for mix in args.mix}
@@ -298,11 +335,14 @@ def main() -> None:
 
 def _table(mix: str, args: argparse.Namespace) -> dict[str, Any]:
     results: dict[str, Any] = {}
-    print(f"| {mix} | pairs/s | ratio | spread | peak GB | memory | loss | gradient norm |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(f"| {mix} | pairs/s | ratio | spread | peak GB | memory | useful FLOPs | loss | gradient norm |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for who in args.only:
         command = [sys.executable, __file__, "--contestant", who, "--mix", mix, "--dtype", args.dtype]
-        command += ["--pairs", str(args.pairs), "--batch", str(args.batch)]
+        command += ["--pairs", str(args.pairs), "--batch", str(args.batch), "--shape", args.shape]
+        command += ["--device", args.device]
+        if args.file:
+            command += ["--file", str(args.file), "--tokenizer", str(args.tokenizer)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             print(f"| {who} | failed: {done.stderr.strip().splitlines()[-1]} |")
@@ -311,7 +351,7 @@ def _table(mix: str, args: argparse.Namespace) -> dict[str, Any]:
         ours = results.get("prefopt", r)
         print(
             f"| {who} | {r['pairs_per_second']:.2f} | {ours['pairs_per_second'] / r['pairs_per_second']:.2f}x "
-            f"| {r['spread']:.0%} | {r['peak_gb']:.2f} | {ours['peak_gb'] / r['peak_gb']:.0%} "
+            f"| {r['spread']:.0%} | {r['peak_gb']:.2f} | {ours['peak_gb'] / r['peak_gb']:.0%} | {r['useful']:.0%} "
             f"| {r['loss']:.5f} | {r['grad_norm']:.3f} |",
             flush=True,
         )
