@@ -325,7 +325,8 @@ def main() -> None:
     where = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
     print(
         f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"transformers {version('transformers')}, shape {args.shape}, {args.dtype}, {args.pairs} pairs, batch {args.batch}"
+        f"transformers {version('transformers')}, shape {args.shape}, {args.dtype}, {args.pairs} pairs, "
+        f"batch {args.batch}"
     )
     print(f"imports alone: {baseline_gb():.2f} GB\n")
     everything = {mix: _table(mix, args) for mix in args.mix}
