@@ -10,9 +10,9 @@ from cyclopts import Parameter
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from prefopt.config import flag_of, parse_config
 from prefopt.errors import ConfigError
 from prefopt.failure import disk_full
+from prefopt.parse import flag_of, parse_config
 
 __all__ = ["with_flags_of"]
 

@@ -13,10 +13,11 @@ import pytest
 from pydantic import BaseModel
 
 from prefopt.cli import main
-from prefopt.config import DPOConfig, QuickstartConfig, SFTConfig, flag_of
+from prefopt.config import DPOConfig, QuickstartConfig, SFTConfig
 from prefopt.errors import DataError
 from prefopt.failure import exit_code
 from prefopt.flags import with_flags_of
+from prefopt.parse import flag_of
 
 COMMANDS = ["quickstart", "check", "sft", "dpo", "resume", "score", "chat", "merge"]
 GOLDEN = Path(__file__).parents[1] / "golden"

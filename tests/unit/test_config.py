@@ -7,8 +7,9 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from prefopt.config import CheckConfig, DPOConfig, MergeConfig, ScoreConfig, SFTConfig, flag_of, parse_config
+from prefopt.config import CheckConfig, DPOConfig, MergeConfig, ScoreConfig, SFTConfig
 from prefopt.errors import ConfigError
+from prefopt.parse import flag_of, parse_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GIVEN: dict[str, Any] = {"model": "m", "data": ("d.jsonl",), "out": "run"}
