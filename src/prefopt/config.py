@@ -35,6 +35,8 @@ class _Config(BaseModel):
             raise ValueError("a value that is neither true nor false (in YAML yes, no, on and off mean these, too)")
         if isinstance(value, str) and info.field_name in ("data", "lora_targets"):
             return (value,)
+        if value == "auto" and info.field_name == "tokens_per_batch":
+            return None
         return value
 
 
@@ -144,8 +146,12 @@ class TrainConfig(DataConfig):
     epochs: Annotated[int, Field(description="Passes over the training rows.", ge=1)] = 1
     max_steps: Annotated[int | None, Field(description="Stop after this many optimiser steps.", ge=1)] = None
     tokens_per_batch: Annotated[
-        int, Field(description="Token budget of a micro-batch: memory only, never the result.", ge=64)
-    ] = 8192
+        int | None,
+        Field(
+            description="Token budget of a micro-batch, never the result; default: auto, what memory takes.",
+            ge=64,
+        ),
+    ] = None
     optimizer: Annotated[Literal["adamw", "rmsprop"], Field(description="Optimiser.")] = "adamw"
     weight_decay: Annotated[float, Field(description="Decoupled weight decay (adamw).", ge=0)] = 0.0
     schedule: Annotated[
@@ -232,7 +238,9 @@ class ScoreConfig(DataConfig):
     out: Annotated[Path, Field(description="File of JSON lines to write.")]
     reference: Annotated[str | None, Field(description="Reference model folder; adds rewards.")] = None
     beta: Annotated[float | None, Field(description="Rewards are beta * log-ratio; default: 1.", gt=0)] = None
-    tokens_per_batch: Annotated[int, Field(description="Token budget of a forward pass.", ge=64)] = 8192
+    tokens_per_batch: Annotated[
+        int | None, Field(description="Token budget of a forward pass; default: auto, what memory takes.", ge=64)
+    ] = None
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"], Field(description="Arithmetic; auto: bfloat16 on CUDA, else float32.")
     ] = "auto"

@@ -21,7 +21,7 @@ from prefopt.progress import warn
 __all__ = ["RunFolder", "check_manifest", "file_sha256", "sync_folder", "write_atomically"]
 
 # Events of the run as a whole; all others belong to a step and are told again when it is done again.
-_HISTORY = frozenset({"started", "path", "saved", "interrupted", "resumed"})
+_HISTORY = frozenset({"started", "path", "budget", "saved", "interrupted", "resumed"})
 
 
 def file_sha256(path: Path) -> str:
@@ -208,7 +208,7 @@ class RunFolder:
         """Forget what lost steps recorded: everything at `step` or later but the run's own history.
 
         Called when a run resumes at `step`, which is then done again. History are the events started,
-        path, saved, interrupted and resumed: they did happen.
+        path, budget, saved, interrupted and resumed: they did happen.
         """
         metrics = [m for m in self.metrics() if m["step"] < step]
         events = [e for e in self.events() if e["step"] < step or e["event"] in _HISTORY]

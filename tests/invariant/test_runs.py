@@ -91,6 +91,17 @@ def test_micro_batches_change_nothing(inputs: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(weights(tmp_path / "single")[name], tensor, atol=2e-4, rtol=1e-3)
 
 
+def test_the_token_budget_is_found_once_and_kept(inputs: Path, tmp_path: Path) -> None:
+    done = prefopt(*dpo(inputs, tmp_path / "auto"), cache=tmp_path)
+    assert "tokens a micro-batch (auto" in done.stderr
+    events = [json.loads(line) for line in (tmp_path / "auto" / "events.jsonl").read_text().splitlines()]
+    (found,) = [event for event in events if event["event"] == "budget"]
+    asked = str(found["tokens"])
+    done = prefopt(*dpo(inputs, tmp_path / "asked", "--tokens-per-batch", asked), cache=tmp_path)
+    assert "(auto" not in done.stderr
+    assert metrics(tmp_path / "auto") == metrics(tmp_path / "asked")
+
+
 def test_checkpointed_activations_change_nothing(inputs: Path, tmp_path: Path) -> None:
     prefopt(*dpo(inputs, tmp_path / "kept"), cache=tmp_path)
     prefopt(*dpo(inputs, tmp_path / "recomputed", "--checkpoint-activations"), cache=tmp_path)

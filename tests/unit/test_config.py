@@ -51,6 +51,15 @@ def test_flags_win_over_the_file_and_the_rest_stays(tmp_path: Path) -> None:
     assert config.batch_pairs == 64
 
 
+def test_auto_leaves_the_token_budget_to_the_run(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: m\ndata: [d.jsonl]\nout: run\nbeta: 0.1\ntokens_per_batch: 4096\n")
+    assert parse_config(DPOConfig, file, {}).tokens_per_batch == 4096
+    assert parse_config(DPOConfig, file, {"tokens_per_batch": "auto"}).tokens_per_batch is None
+    file.write_text("model: m\ndata: [d.jsonl]\nout: run\nbeta: 0.1\ntokens_per_batch: auto\n")
+    assert parse_config(DPOConfig, file, {}).tokens_per_batch is None
+
+
 def test_one_data_file_needs_no_list(tmp_path: Path) -> None:
     file = written(tmp_path, "model: m\ndata: a.jsonl\nout: r\nlora_rank: 4\nlora_targets: q_proj\n")
     config = parse_config(SFTConfig, file, {})

@@ -1,6 +1,6 @@
 """Direct Preference Optimization, from a preference file to an aligned model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -19,10 +19,13 @@ from prefopt.outcome import Sampler, finish
 from prefopt.records import Comparison, Record
 from prefopt.run import RunFolder
 from prefopt.setup import begin_health, begin_run, check_path, device_and_dtype, load, manifest, read_groups, split_rows
+from prefopt.train.budget import forward_budget, training_budget
 from prefopt.train.loop import Objective, fit, total_steps
 from prefopt.train.step import evaluate_loss
 
 __all__ = ["train"]
+
+_KL_TOKENS = 4096  # of a batch whose hidden states are kept, where no budget is asked for
 
 
 def train(config: DPOConfig, resumed: RunFolder | None = None) -> RunFolder:
@@ -73,12 +76,13 @@ def train(config: DPOConfig, resumed: RunFolder | None = None) -> RunFolder:
         return total
 
     def evaluate() -> dict[str, float]:
-        metrics = evaluate_loss(rows.held_out, loss_of, _one, tokens_per_batch=config.tokens_per_batch, device=device)
+        metrics = evaluate_loss(rows.held_out, loss_of, _one, tokens_per_batch=budget, device=device)
         if kl_states is not None:
             kl = sequence_kl_sum(policy, kl_states, kl_batches, path.path)
             metrics["kl"] = float(kl.double().mean())
         return {**metrics, **sampler.length(policy), "pairs": len(rows.held_out)}
 
+    budget = training_budget(run, config.tokens_per_batch, policy, loss_of, rows.train, device)
     fit(
         run,
         config,
@@ -91,6 +95,7 @@ def train(config: DPOConfig, resumed: RunFolder | None = None) -> RunFolder:
             batch=config.batch_pairs,
             lr=config.lr,
             max_grad_norm=config.max_grad_norm,
+            tokens_per_batch=budget,
         ),
         policy,
         rows.train,
@@ -128,18 +133,19 @@ def _score_reference(
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[bytes, float]:
-    def scorer() -> Callable[[PackedBatch], torch.Tensor]:
-        reference.model.eval()
-        return lambda batch: sequence_logprob_sum(reference.model, batch.to(device), path.path)
+    def score(batch: PackedBatch) -> torch.Tensor:
+        return sequence_logprob_sum(reference.model, batch.to(device), path.path)
 
+    reference.model.eval()
     cache = ReferenceCache(cache_folder(), f"{reference.fingerprint} {dtype}")
-    return reference_logprobs(groups, cache, scorer, tokens_per_batch=config.tokens_per_batch)
+    budget = forward_budget(config.tokens_per_batch, score, groups, device)
+    return reference_logprobs(groups, cache, lambda: score, tokens_per_batch=budget)
 
 
 def _kl_states(
     config: DPOConfig, reference: LoadedModel, held_out: list[CompletionGroup], path: PathChoice, device: torch.device
 ) -> tuple[list[PackedBatch], ReferenceStates | None]:
     """Batches of the first held-out pairs and what the reference makes of them; nothing where KL is off."""
-    parts = micro_batches(held_out[: config.kl_rows], config.tokens_per_batch)
+    parts = micro_batches(held_out[: config.kl_rows], config.tokens_per_batch or _KL_TOKENS)
     batches = [pack(part).to(device) for part in parts]
     return batches, ReferenceStates.of(reference.model, batches, path.path) if batches else None

@@ -7,13 +7,14 @@ import torch
 
 from prefopt.config import ScoreConfig
 from prefopt.data.group import CompletionGroup
-from prefopt.data.pack import micro_batches, pack
+from prefopt.data.pack import PackedBatch, micro_batches, pack
 from prefopt.model.load import load_reference
 from prefopt.model.logprobs import sequence_logprob_sum
 from prefopt.progress import progress
 from prefopt.records import Record
 from prefopt.run import write_atomically
 from prefopt.setup import check_path, device_and_dtype, load, read_groups
+from prefopt.train.budget import forward_budget
 
 __all__ = ["score"]
 
@@ -51,9 +52,14 @@ def _logps(
     path = check_path(model, groups, device).path
     place = {id(group): number for number, group in enumerate(groups)}
     found: dict[int, list[float]] = {}
+
+    def score(batch: PackedBatch) -> torch.Tensor:
+        return sequence_logprob_sum(model, batch.to(device), path)
+
+    budget = forward_budget(config.tokens_per_batch, score, groups, device)
     with progress(label, total=len(groups), unit="rows") as bar:
-        for part in micro_batches(groups, config.tokens_per_batch):
-            sums = sequence_logprob_sum(model, pack(part).to(device), path).tolist()
+        for part in micro_batches(groups, budget):
+            sums = score(pack(part)).tolist()
             for group in part:
                 found[place[id(group)]], sums = sums[: len(group.completions)], sums[len(group.completions) :]
             bar.advance(len(part))

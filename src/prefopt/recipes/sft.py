@@ -15,6 +15,7 @@ from prefopt.progress import say
 from prefopt.records import Comparison, Demonstration, Rating, Record
 from prefopt.run import RunFolder
 from prefopt.setup import begin_health, begin_run, check_path, device_and_dtype, load, manifest, read_groups, split_rows
+from prefopt.train.budget import training_budget
 from prefopt.train.loop import Objective, fit, total_steps
 from prefopt.train.step import evaluate_loss
 
@@ -55,11 +56,10 @@ def train(config: SFTConfig, resumed: RunFolder | None = None) -> RunFolder:
         return total
 
     def evaluate() -> dict[str, float]:
-        metrics = evaluate_loss(
-            rows.held_out, loss_of, _tokens, tokens_per_batch=config.tokens_per_batch, device=device
-        )
+        metrics = evaluate_loss(rows.held_out, loss_of, _tokens, tokens_per_batch=budget, device=device)
         return {**metrics, **sampler.length(policy), "rows": len(rows.held_out)}
 
+    budget = training_budget(run, config.tokens_per_batch, policy, loss_of, rows.train, device)
     fit(
         run,
         config,
@@ -72,6 +72,7 @@ def train(config: SFTConfig, resumed: RunFolder | None = None) -> RunFolder:
             batch=config.batch_rows,
             lr=config.lr,
             max_grad_norm=config.max_grad_norm,
+            tokens_per_batch=budget,
         ),
         policy,
         rows.train,

@@ -5,6 +5,7 @@ a token costs. The budget is a power of two, so that small changes in free memor
 and it never changes what a step computes: only how many micro-batches it is computed in.
 """
 
+import heapq
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,21 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prefopt.data.group import CompletionGroup
+from prefopt.data.pack import PackedBatch, pack
+from prefopt.progress import say
+from prefopt.run import RunFolder
+from prefopt.train.step import LossOf
 
-__all__ = ["LEAST_TOKENS", "Budget", "find_budget", "free_bytes", "peak_bytes", "training_state_bytes"]
+__all__ = [
+    "LEAST_TOKENS",
+    "Budget",
+    "find_budget",
+    "forward_budget",
+    "free_bytes",
+    "peak_bytes",
+    "training_budget",
+    "training_state_bytes",
+]
 
 LEAST_TOKENS = 64
 _SMALL, _LARGE = 512, 2048  # tokens of the two probes, or the longest row if that is more
@@ -41,6 +55,59 @@ class Budget:
             f"{self.free / 2**30:.1f} GiB free)"
         )
         return text if self.longest <= self.tokens else f"{text}; the longest row has {self.longest:,} and stands alone"
+
+
+def training_budget(
+    run: RunFolder,
+    asked: int | None,
+    policy: torch.nn.Module,
+    loss_of: LossOf,
+    groups: Sequence[CompletionGroup],
+    device: torch.device,
+) -> int:
+    """Tokens of a training micro-batch: what was asked for, else what the run found when it started, else found now.
+
+    A resumed run keeps the budget it had, or its sums would be rounded in another order.
+    """
+    if asked is not None:
+        return asked
+    known = [int(event["tokens"]) for event in run.events() if event["event"] == "budget"]
+    if known:
+        return known[-1]
+
+    def probe(part: Sequence[CompletionGroup]) -> None:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            loss_of(pack(part).to(device)).losses.sum().backward()
+        policy.zero_grad(set_to_none=True)
+
+    policy.train()
+    budget = find_budget(
+        probe,
+        _longest(groups),
+        device=device,
+        free=free_bytes(device),
+        reserved=training_state_bytes(list(policy.parameters())),
+    )
+    say(f"training: {budget}")
+    run.event("budget", step=0, tokens=budget.tokens, bytes_per_token=budget.bytes_per_token, free=budget.free)
+    return budget.tokens
+
+
+@torch.no_grad()
+def forward_budget(
+    asked: int | None,
+    score: Callable[[PackedBatch], torch.Tensor],
+    groups: Sequence[CompletionGroup],
+    device: torch.device,
+) -> int:
+    """Tokens of a batch that is only scored: what was asked for, else what memory takes."""
+    if asked is not None:
+        return asked
+    budget = find_budget(
+        lambda part: score(pack(part).to(device)), _longest(groups), device=device, free=free_bytes(device)
+    )
+    say(f"scoring: {budget}")
+    return budget.tokens
 
 
 def find_budget(
@@ -73,6 +140,10 @@ def find_budget(
     while tokens > LEAST_TOKENS and tokens > fitting:
         tokens //= 2
     return Budget(tokens, slope, free, longest[0].tokens)
+
+
+def _longest(groups: Sequence[CompletionGroup]) -> list[CompletionGroup]:
+    return heapq.nlargest(_LARGE, groups, key=lambda g: g.tokens)  # at least a token each: enough for both probes
 
 
 def _first_tokens(groups: Sequence[CompletionGroup], tokens: int) -> list[CompletionGroup]:

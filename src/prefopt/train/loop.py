@@ -50,6 +50,7 @@ class Objective:
         batch: Groups in an optimiser step.
         lr: Peak learning rate.
         max_grad_norm: Where the gradient norm is clipped.
+        tokens_per_batch: Budget of a micro-batch.
     """
 
     label: str
@@ -60,6 +61,7 @@ class Objective:
     batch: int
     lr: float
     max_grad_norm: float
+    tokens_per_batch: int
 
 
 class _Interruption:
@@ -146,7 +148,7 @@ def fit(
                     objective.count_of,
                     optimizer,
                     masters,
-                    tokens_per_batch=config.tokens_per_batch,
+                    tokens_per_batch=objective.tokens_per_batch,
                     max_grad_norm=objective.max_grad_norm,
                     device=device,
                 )
