@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from prefopt.data.order import rows_of_step, split_by_prompt, steps_per_epoch
 from prefopt.data.pack import Segment, micro_batches, pack
@@ -18,12 +19,36 @@ def test_layout_of_two_groups_slot_by_slot() -> None:
     # slots                            0   1   2  3  4  5  6  7   8  9  10
     assert batch.input_ids.tolist() == [10, 11, 1, 2, 3, 4, 5, 20, 6, 7, 8]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 2, 3, 0, 1, 2, 3]
-    assert batch.segments == (Segment(0, 5, 0, 0), Segment(5, 7, 0, 2), Segment(7, 11, 7, 7))
+    assert batch.layout.segments == (Segment(0, 5, 0, 0), Segment(5, 7, 0, 2), Segment(7, 11, 7, 7))
     # The first token of every completion is predicted by the prompt's last slot: 1, 1 and 7.
     assert batch.predictors.tolist() == [1, 2, 3, 1, 5, 7, 9]
     assert batch.targets.tolist() == [1, 2, 3, 4, 5, 6, 8]
     assert batch.sequence_of_target.tolist() == [0, 0, 0, 1, 1, 2, 2]
     assert batch.token_counts.tolist() == [3, 2, 2]
+
+
+def test_what_the_kernels_get_segment_by_segment_and_slot_by_slot() -> None:
+    first, second = group([10, 11], completion(1, 2, 3), completion(4, 5)), group([20], completion(6, 7, 8))
+    layout = pack([first, second]).layout
+    # Queries: prompt and first completion 0-4, second completion 5-6, second group 7-10.
+    assert layout.cu_seq_q.tolist() == [0, 5, 7, 11]
+    # Keys: the second completion's are the prompt's two again, then its own.
+    assert layout.cu_seq_k.tolist() == [0, 5, 9, 13]
+    assert layout.key_slots is not None
+    assert layout.key_slots.tolist() == [0, 1, 2, 3, 4, 0, 1, 5, 6, 7, 8, 9, 10]
+    assert (layout.max_q, layout.max_k) == (5, 5)
+    assert layout.own_start.tolist() == [0] * 5 + [5] * 2 + [7] * 4
+    assert layout.prefix_start.tolist() == [0] * 7 + [7] * 4
+    assert layout.prefix_stop.tolist() == [0] * 5 + [2] * 2 + [7] * 4
+    assert layout.cu_seq_q.dtype == layout.cu_seq_k.dtype == torch.int32
+    assert pack([second]).layout.key_slots is None, "every slot once, in order: nothing to gather"
+
+
+def test_the_whole_batch_moves() -> None:
+    batch = pack(random_groups([(5, 4, 3), (2, 6)])).to(torch.device("meta"), non_blocking=True)
+    tensors = [v for part in (batch, batch.layout) for v in vars(part).values() if isinstance(v, torch.Tensor)]
+    assert len(tensors) == 8 + 6
+    assert all(tensor.is_meta for tensor in tensors)
 
 
 def test_micro_batches_hold_the_budget_and_lose_nothing() -> None:

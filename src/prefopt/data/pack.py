@@ -11,8 +11,9 @@ segment whose keys are the prompt's and its own. The first token of EVERY comple
 by the prompt's last hidden state.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from prefopt.data.group import CompletionGroup
 
-__all__ = ["PackedBatch", "Segment", "micro_batches", "pack"]
+__all__ = ["PackedBatch", "Segment", "SegmentLayout", "micro_batches", "pack"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,29 +44,83 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class SegmentLayout:
+    """Who attends to whom, in every form an attention kernel takes it.
+
+    Attributes:
+        segments: In the order of their slots, which they cover without a gap.
+        cu_seq_q: Queries before each segment, and all of them (int32): variable-length kernels.
+        cu_seq_k: Likewise keys; a segment's keys are its prefix, then its own slots.
+        max_q: Most queries of a segment.
+        max_k: Most keys of a segment.
+        key_slots: Slot of each of these keys; None if that is every slot once, in order.
+        own_start: Per slot (int32) the first slot of its segment: mask functions.
+        prefix_start: Per slot the first slot of its segment's prefix.
+        prefix_stop: Per slot the end of its segment's prefix.
+        made: What a kernel has made of the layout, by a key of its own; every layer uses it again.
+    """
+
+    segments: tuple[Segment, ...]
+    cu_seq_q: Int[Tensor, " segments_and_one"]
+    cu_seq_k: Int[Tensor, " segments_and_one"]
+    max_q: int
+    max_k: int
+    key_slots: Int[Tensor, " keys"] | None
+    own_start: Int[Tensor, " slots"]
+    prefix_start: Int[Tensor, " slots"]
+    prefix_stop: Int[Tensor, " slots"]
+    made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment]) -> "SegmentLayout":
+        """The layout of `segments`, on the CPU."""
+        starts, stops, prefix_starts, prefix_stops = np.array(
+            [(s.start, s.stop, s.prefix_start, s.prefix_stop) for s in segments]
+        ).T
+        queries = stops - starts
+        keys = queries + prefix_stops - prefix_starts
+        slots = [np.r_[s.prefix_start : s.prefix_stop, s.start : s.stop] for s in segments]
+        return cls(
+            segments=tuple(segments),
+            cu_seq_q=_int32(np.r_[0, queries.cumsum()]),
+            cu_seq_k=_int32(np.r_[0, keys.cumsum()]),
+            max_q=int(queries.max()),
+            max_k=int(keys.max()),
+            key_slots=_tensor(slots) if (keys > queries).any() else None,
+            own_start=_int32(np.repeat(starts, queries)),
+            prefix_start=_int32(np.repeat(prefix_starts, queries)),
+            prefix_stop=_int32(np.repeat(prefix_stops, queries)),
+        )
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """One packed row; sequences are numbered group by group, completion by completion.
 
     Attributes:
         input_ids: Token of each slot.
         position_ids: Position of each slot in its own sequence.
-        segments: Who attends to whom.
+        layout: Who attends to whom.
         spans: Per sequence the segment-like pair (prompt slots, completion slots).
         predictors: Slot of the hidden state that predicts each target.
         targets: Token ids to score (trainable completion tokens only).
         sequence_of_target: Which sequence each target belongs to.
         token_counts: Scored tokens per sequence.
+        weights: Loss weight of each group.
+        truncated: 1 for each group with a cut completion, else 0.
         groups: The groups packed, in order.
     """
 
     input_ids: Int[Tensor, " slots"]
     position_ids: Int[Tensor, " slots"]
-    segments: tuple[Segment, ...]
+    layout: SegmentLayout
     spans: tuple[tuple[range, range], ...]
     predictors: Int[Tensor, " targets"]
     targets: Int[Tensor, " targets"]
     sequence_of_target: Int[Tensor, " targets"]
     token_counts: Int[Tensor, " sequences"]
+    weights: Float[Tensor, " groups"]
+    truncated: Float[Tensor, " groups"]
     groups: tuple[CompletionGroup, ...]
 
     @property
@@ -73,27 +128,27 @@ class PackedBatch:
         """Number of sequences: the sum of K over the groups."""
         return len(self.spans)
 
-    @property
-    def weights(self) -> Float[Tensor, " groups"]:
-        """Loss weight of each group."""
-        return torch.tensor([g.weight for g in self.groups], dtype=torch.float32, device=self.input_ids.device)
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> "PackedBatch":
+        """The same batch with its tensors on `device`; from pinned memory the copy need not be waited for."""
+        return _moved(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    @property
-    def truncated(self) -> Float[Tensor, " groups"]:
-        """1 for each group with a cut completion, else 0."""
-        return torch.tensor([float(g.truncated) for g in self.groups], device=self.input_ids.device)
+    def pin_memory(self) -> "PackedBatch":
+        """The same batch in page-locked memory, from which a GPU copies while it computes."""
+        return _moved(self, lambda tensor: tensor.pin_memory())
 
-    def to(self, device: torch.device) -> "PackedBatch":
-        """The same batch with its tensors on `device`."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            position_ids=self.position_ids.to(device),
-            predictors=self.predictors.to(device),
-            targets=self.targets.to(device),
-            sequence_of_target=self.sequence_of_target.to(device),
-            token_counts=self.token_counts.to(device),
-        )
+
+Moved = TypeVar("Moved", PackedBatch, SegmentLayout)
+
+
+def _moved(whole: Moved, move: Callable[[Tensor], Tensor]) -> Moved:
+    changes: dict[str, Any] = {}
+    for part in fields(whole):
+        value = getattr(whole, part.name)
+        if isinstance(value, Tensor):
+            changes[part.name] = move(value)
+        elif isinstance(value, SegmentLayout):
+            changes[part.name] = _moved(value, move)
+    return replace(whole, **changes)
 
 
 def pack(groups: Sequence[CompletionGroup]) -> PackedBatch:
@@ -128,18 +183,24 @@ def pack(groups: Sequence[CompletionGroup]) -> PackedBatch:
     return PackedBatch(
         input_ids=_tensor(ids),
         position_ids=_tensor(positions),
-        segments=tuple(segments),
+        layout=SegmentLayout.of(segments),
         spans=tuple(spans),
         predictors=_tensor(predictors),
         targets=_tensor(targets),
         sequence_of_target=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
         token_counts=torch.from_numpy(counts),
+        weights=torch.tensor([g.weight for g in groups], dtype=torch.float32),
+        truncated=torch.tensor([float(g.truncated) for g in groups]),
         groups=tuple(groups),
     )
 
 
 def _tensor(parts: Iterable[np.ndarray]) -> Int[Tensor, " n"]:
     return torch.from_numpy(np.concatenate([np.asarray(p, dtype=np.int64) for p in parts]))
+
+
+def _int32(values: np.ndarray) -> Int[Tensor, " n"]:
+    return torch.from_numpy(values.astype(np.int32))
 
 
 def micro_batches(groups: Sequence[CompletionGroup], tokens_per_batch: int) -> list[list[CompletionGroup]]:

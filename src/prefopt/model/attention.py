@@ -8,7 +8,6 @@ No mask function is registered with it, so transformers builds no mask; the segm
 keyword argument of the model's forward call.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
-from prefopt.data.pack import Segment
+from prefopt.data.pack import Segment, SegmentLayout
+from prefopt.model.attention_cuda import cuda_attention
 
 __all__ = ["SEGMENTS", "UnsharableError", "cannot_share", "segment_attention"]
 
@@ -49,7 +49,7 @@ def segment_attention(
     value: Float[Tensor, "1 kv_heads slots value_dim"],
     attention_mask: Tensor | None,
     *,
-    segments: Sequence[Segment],
+    layout: SegmentLayout,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -60,20 +60,34 @@ def segment_attention(
     """Attention of every segment's queries to their own causal history.
 
     Args:
-        segments: Layout of the row, from `PackedBatch.segments`.
+        layout: Who attends to whom, from `PackedBatch.layout`.
         sliding_window: A query sees keys at most `sliding_window - 1` positions back.
         softcap: Scores become softcap * tanh(scores / softcap) (Gemma 2).
 
     Raises:
         UnsharableError: attention sinks, or a mask built by the model itself.
     """
+    if query.is_cuda and attention_mask is None:
+        out = cuda_attention(
+            query,
+            key,
+            value,
+            layout,
+            scaling=scaling,
+            dropout=dropout,
+            window=sliding_window or None,
+            softcap=softcap,
+            sinks=s_aux,
+        )
+        if out is not None:
+            return out, None
     if s_aux is not None:
         raise UnsharableError("attention sinks")
     if attention_mask is not None:
         raise UnsharableError("a mask of the model's own")
     groups = query.shape[1] // key.shape[1]
     parts = []
-    for segment in segments:
+    for segment in layout.segments:
         q = query[:, :, segment.start : segment.stop]
         k = _history(key, segment)
         v = _history(value, segment)

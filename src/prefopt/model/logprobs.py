@@ -62,7 +62,7 @@ def _shared_hidden(model: torch.nn.Module, batch: PackedBatch) -> Float[Tensor, 
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
         use_cache=False,
-        segments=batch.segments,
+        layout=batch.layout,
     )
     hidden: Tensor = out.last_hidden_state[0, batch.predictors]
     return hidden
