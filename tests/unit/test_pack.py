@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from prefopt.data.feed import feed
 from prefopt.data.order import rows_of_step, split_by_prompt, steps_per_epoch
 from prefopt.data.pack import Segment, micro_batches, pack
 from tiny import completion, group, random_groups
@@ -112,3 +113,21 @@ def test_sequence_keys_tell_prompt_completion_and_mask_apart() -> None:
     assert len(keys) == 4
     assert group([1, 2], completion(9), completion(3, 4)).sequence_key(1) == base.sequence_key(0)
     assert base.prompt_ids.dtype == np.int32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_batches_copied_ahead_are_the_same() -> None:
+    parts = [random_groups([(4, 3, 5), (2, 6, 1)], seed) for seed in range(5)]
+    device = torch.device("cuda")
+    for part, batch in zip(parts, feed(parts, device), strict=True):
+        expected = pack(part)
+        assert torch.equal(batch.input_ids.cpu(), expected.input_ids)
+        assert torch.equal(batch.layout.cu_seq_k.cpu(), expected.layout.cu_seq_k)
+        assert batch.groups == tuple(part)
+
+
+def test_batches_are_fed_in_order() -> None:
+    parts = [random_groups([(4, 3, 5), (2, 6, 1)], seed) for seed in range(3)]
+    fed = list(feed(parts, torch.device("cpu")))
+    assert [batch.groups for batch in fed] == [tuple(part) for part in parts]
+    assert list(feed([], torch.device("cpu"))) == []

@@ -136,6 +136,15 @@ class PackedBatch:
         """The same batch in page-locked memory, from which a GPU copies while it computes."""
         return _moved(self, lambda tensor: tensor.pin_memory())
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory of tensors made on another stream until `stream` is done with them."""
+
+        def recorded(tensor: Tensor) -> Tensor:
+            tensor.record_stream(stream)
+            return tensor
+
+        _moved(self, recorded)
+
 
 Moved = TypeVar("Moved", PackedBatch, SegmentLayout)
 

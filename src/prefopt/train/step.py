@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from prefopt.data.feed import feed
 from prefopt.data.group import CompletionGroup
-from prefopt.data.pack import PackedBatch, micro_batches, pack
+from prefopt.data.pack import PackedBatch, micro_batches
 from prefopt.errors import NonFiniteError
 from prefopt.losses.total import LossTotal
 from prefopt.train.optimizer import Masters, gradient_norm
@@ -51,8 +52,7 @@ def train_step(
     count = sum(count_of(g) for g in groups)
     optimizer.zero_grad(set_to_none=True)
     tally = _Tally()
-    for part in micro_batches(groups, tokens_per_batch):
-        batch = pack(part).to(device)
+    for batch in feed(micro_batches(groups, tokens_per_batch), device):
         total = loss_of(batch)
         (total.losses.sum() / count).backward()
         tally.add(batch, total)
@@ -80,10 +80,9 @@ def evaluate_loss(
 ) -> dict[str, float]:
     """`loss` and the mean metrics over `groups`, computed as a training step would."""
     tally = _Tally()
-    for part in micro_batches(groups, tokens_per_batch):
-        batch = pack(part).to(device)
+    for batch in feed(micro_batches(groups, tokens_per_batch), device):
         tally.add(batch, loss_of(batch))
-        advance(len(part))
+        advance(len(batch.groups))
     _, summary = tally.read(torch.zeros((), device=device))
     return {"loss": summary.loss_sum / sum(count_of(g) for g in groups), **summary.means}
 

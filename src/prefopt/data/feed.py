@@ -1,0 +1,40 @@
+"""Micro-batches on their device, the next one on its way while the present one is computed."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+from prefopt.data.group import CompletionGroup
+from prefopt.data.pack import PackedBatch, pack
+
+__all__ = ["feed"]
+
+
+def feed(parts: Iterable[Sequence[CompletionGroup]], device: torch.device) -> Iterator[PackedBatch]:
+    """Pack each part and bring it to `device`, in order.
+
+    On CUDA a batch is packed and copied, from page-locked memory and on a stream of its own, before
+    the one ahead of it is handed out: neither packing nor copying is waited for.
+    """
+    if device.type != "cuda":
+        yield from (pack(part).to(device) for part in parts)
+        return
+    copying = torch.cuda.Stream(device)
+    ahead: tuple[PackedBatch, torch.cuda.Event] | None = None
+    for part in parts:
+        with torch.cuda.stream(copying):
+            batch = pack(part).pin_memory().to(device, non_blocking=True)
+            copied = copying.record_event()
+        if ahead is not None:
+            yield _arrived(*ahead, device)
+        ahead = batch, copied
+    if ahead is not None:
+        yield _arrived(*ahead, device)
+
+
+def _arrived(batch: PackedBatch, copied: torch.cuda.Event, device: torch.device) -> PackedBatch:
+    """`batch`, once computing waits for its copy; its memory is not given away while it is computed on."""
+    computing = torch.cuda.current_stream(device)
+    computing.wait_event(copied)
+    batch.record_stream(computing)
+    return batch
