@@ -60,8 +60,9 @@ class Setting:
 
 
 def prefopt(pairs: list[Pair], setting: Setting) -> dict[str, Any]:
+    from prefopt.data.bins import micro_batches
     from prefopt.data.group import Completion, CompletionGroup
-    from prefopt.data.pack import PackedBatch, micro_batches, pack
+    from prefopt.data.pack import PackedBatch, pack
     from prefopt.losses import LossTotal, dpo
     from prefopt.model.logprobs import sequence_logprob_sum
     from prefopt.records import Source

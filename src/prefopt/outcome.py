@@ -29,8 +29,12 @@ class Sampler:
     @classmethod
     def over(cls, config: TrainConfig, renderer: Renderer, groups: Sequence[CompletionGroup]) -> "Sampler":
         """The first `config.samples` distinct prompts of `groups`."""
-        distinct = {g.prompt_ids.tobytes(): g.prompt_ids for g in groups}
-        return cls(config, renderer, tuple(list(distinct.values())[: config.samples]))
+        distinct: dict[bytes, np.ndarray] = {}
+        for group in groups if config.samples else ():
+            distinct.setdefault(group.prompt_ids.tobytes(), group.prompt_ids)
+            if len(distinct) == config.samples:
+                break
+        return cls(config, renderer, tuple(distinct.values()))
 
     def complete(self, model: torch.nn.Module) -> list[Sampled]:
         """One completion per prompt, at temperature 0.7."""

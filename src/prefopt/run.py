@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,8 +39,8 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """`path` holds all of `content` or what it held before, whatever happens.
+def write_atomically(path: Path, content: bytes | Iterable[bytes]) -> None:
+    """`path` holds all of `content`, given whole or in pieces, or what it held before, whatever happens.
 
     A link is followed: what it points to is written.
 
@@ -60,7 +60,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, _allowed(0o666))  # mkstemp makes private files; this one is as any other

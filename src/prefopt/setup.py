@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,11 +17,12 @@ from prefopt.data.group import CompletionGroup
 from prefopt.data.order import split_by_prompt
 from prefopt.data.pack import pack
 from prefopt.data.read import read_records
+from prefopt.data.store import GroupStore
 from prefopt.data.tokenize import Renderer, tokenize
 from prefopt.errors import ConfigError, DataError
 from prefopt.model.load import LoadedModel, eos_ids, load_model, max_positions
 from prefopt.model.logprobs import PathChoice, choose_path
-from prefopt.progress import say, warn
+from prefopt.progress import Bar, progress, say, warn
 from prefopt.records import Record
 from prefopt.run import RunFolder, check_manifest, file_sha256
 from prefopt.train.health import Health
@@ -46,8 +47,8 @@ _CHECK_TOKENS = 2048  # rows of the first batch that are also scored by transfor
 class Rows:
     """Tokenised rows on either side of the split, and what became of every row read."""
 
-    train: list[CompletionGroup]
-    held_out: list[CompletionGroup]
+    train: GroupStore
+    held_out: GroupStore
     audit: Audit
 
 
@@ -73,9 +74,11 @@ def read_groups(
     config: DataConfig,
     model: PreTrainedModel,
     renderer: Renderer,
-    select: Callable[[Sequence[Record]], Sequence[Record]],
-) -> tuple[list[CompletionGroup], Audit]:
+    select: Callable[[Iterable[Record]], Iterable[Record]],
+) -> tuple[GroupStore, Audit]:
     """Read, select what the recipe takes, tokenise; stops when too many rows are refused.
+
+    Rows go through one by one, and their tokens to a temporary file: memory hardly grows with their number.
 
     Args:
         select: Picks (or converts to) the records a recipe trains on; raises DataError for others.
@@ -84,13 +87,11 @@ def read_groups(
     records = read_records(config.data, audit=audit, columns=config.columns, split=config.split)
     say(f"data: {audit.format}")
     limit = length_limit(config.max_length, max_positions(model.config))
-    groups = tokenize(
-        select(records),
-        renderer,
-        max_length=limit,
-        max_prompt_length=config.max_prompt_length or limit // 2,
-        audit=audit,
-    )
+    prompt_limit = config.max_prompt_length or limit // 2
+    with progress("tokenize", total=len(records), unit="rows") as bar:
+        taken = select(_counted(records, bar))
+        made = tokenize(taken, renderer, max_length=limit, max_prompt_length=prompt_limit, audit=audit)
+        groups = GroupStore.write(made)
     say(f"rows: {audit.summary()}")
     audit.enforce(config.max_refused)
     if not groups:
@@ -104,9 +105,18 @@ def read_groups(
     return groups, audit
 
 
-def split_rows(config: TrainConfig, groups: list[CompletionGroup], audit: Audit) -> Rows:
+def _counted(records: Iterable[Record], bar: Bar) -> Iterator[Record]:
+    for number, record in enumerate(records, start=1):
+        yield record
+        if number % 256 == 0:
+            bar.advance(256)
+    bar.advance(bar.total % 256)
+
+
+def split_rows(config: TrainConfig, groups: GroupStore, audit: Audit) -> Rows:
     """Hold out a share of the prompts."""
-    train, held_out = split_by_prompt(groups, config.eval_share, config.seed)
+    split = split_by_prompt(groups, config.eval_share, config.seed)
+    train, held_out = groups.take(split.train), groups.take(split.held_out)
     say(f"split by prompt: {len(train):,} rows to train on, {len(held_out):,} held out")
     if not train:
         raise DataError(

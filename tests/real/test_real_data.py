@@ -18,7 +18,7 @@ def _read(name: str) -> tuple[list[Record], Audit]:
     if not path.exists():
         pytest.skip(f"real data is not here: ../shared/data/{name}")
     audit = Audit()
-    records = read_records([str(path)], audit=audit)
+    records = list(read_records([str(path)], audit=audit))
     assert len(records) + audit.refused == audit.rows
     return records, audit
 

@@ -1,12 +1,14 @@
 """The layout of a packed row, spelled out slot by slot, and how steps are split and ordered."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
 
 from prefopt.data.feed import feed
 from prefopt.data.order import rows_of_step, split_by_prompt, steps_per_epoch
-from prefopt.data.pack import Segment, micro_batches, pack
+from prefopt.data.pack import Segment, pack
 from tiny import completion, group, random_groups
 
 
@@ -48,22 +50,8 @@ def test_what_the_kernels_get_segment_by_segment_and_slot_by_slot() -> None:
 def test_the_whole_batch_moves() -> None:
     batch = pack(random_groups([(5, 4, 3), (2, 6)])).to(torch.device("meta"), non_blocking=True)
     tensors = [v for part in (batch, batch.layout) for v in vars(part).values() if isinstance(v, torch.Tensor)]
-    assert len(tensors) == 8 + 6
+    assert len(tensors) == 9 + 6
     assert all(tensor.is_meta for tensor in tensors)
-
-
-def test_micro_batches_hold_the_budget_and_lose_nothing() -> None:
-    groups = random_groups([(5, n, 2) for n in range(1, 30)])
-    parts = micro_batches(groups, 60)
-    assert sorted(g.source.row for part in parts for g in part) == list(range(1, 30))
-    assert all(sum(g.tokens for g in part) <= 60 for part in parts)
-    # First fit decreasing needs at most 11/9 of the fewest bins (plus one).
-    assert len(parts) <= 11 / 9 * (sum(g.tokens for g in groups) / 60) + 1
-
-
-def test_a_group_over_the_budget_stands_alone() -> None:
-    groups = random_groups([(50, 50), (2, 2), (2, 3)])
-    assert [[g.source.row for g in part] for part in micro_batches(groups, 20)] == [[1], [3, 2]]
 
 
 @pytest.mark.parametrize(("rows", "batch"), [(10, 4), (8, 4), (3, 5)])
@@ -75,31 +63,39 @@ def test_every_row_once_an_epoch_in_an_order_of_its_own(rows: int, batch: int) -
     ]
     assert all(sorted(epoch) == list(range(rows)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
-    again = rows_of_step(1, rows=rows, batch=batch, seed=7)
-    assert again == rows_of_step(1, rows=rows, batch=batch, seed=7)
+    order = np.random.default_rng([7, 1]).permutation(rows)
+    assert rows_of_step(steps, rows=rows, batch=batch, seed=7) == order[:batch].tolist()
 
 
 def test_no_prompt_on_both_sides_of_the_split() -> None:
     groups = [group([p, 1], completion(p, r), row=10 * p + r) for p in range(1, 21) for r in range(1, 4)]
-    train, held = split_by_prompt(groups, 0.25, seed=3)
-    sides = [{g.prompt_ids.tobytes() for g in side} for side in (train, held)]
+    split = split_by_prompt(groups, 0.25, seed=3)
+    sides = [{groups[i].prompt_ids.tobytes() for i in side} for side in (split.train, split.held_out)]
     assert not sides[0] & sides[1]
     assert [len(side) for side in sides] == [15, 5]
-    assert len(train) + len(held) == len(groups)
-    assert [g.source.row for g in train] == sorted(g.source.row for g in train)
-    others = split_by_prompt(groups, 0.25, seed=4)[1]
-    assert [g.source.row for g in others] != [g.source.row for g in held]
+    assert sorted([*split.train, *split.held_out]) == list(range(len(groups)))
+    assert list(split.train) == sorted(split.train)
+    assert list(split_by_prompt(groups, 0.25, seed=4).held_out) != list(split.held_out)
+
+
+def test_the_split_is_by_rank_of_the_seeded_hash() -> None:
+    """Written out plainly, so that a run resumed by a later version holds out the same rows."""
+    groups = [group([p, p + 1], completion(7), row=p) for p in (5, 6, 5, 8, 9)]
+    ranks = [hashlib.blake2b(g.prompt_ids.tobytes(), key=b"11", digest_size=16).digest() for g in groups]
+    held = set(sorted(set(ranks))[:2])
+    assert list(split_by_prompt(groups, 0.5, seed=11).held_out) == [i for i, r in enumerate(ranks) if r in held]
 
 
 def test_plain_text_without_a_prompt_is_split_row_by_row() -> None:
     groups = [group([1], completion(5, n), row=n) for n in range(1, 11)]
-    train, held = split_by_prompt(groups, 0.2, seed=0)
-    assert (len(train), len(held)) == (8, 2)
+    split = split_by_prompt(groups, 0.2, seed=0)
+    assert (len(split.train), len(split.held_out)) == (8, 2)
 
 
 def test_nothing_is_held_out_at_share_zero() -> None:
     groups = random_groups([(3, 2), (3, 2)])
-    assert split_by_prompt(groups, 0.0, seed=0) == (groups, [])
+    split = split_by_prompt(groups, 0.0, seed=0)
+    assert (split.train.tolist(), split.held_out.tolist()) == ([0, 1], [])
 
 
 def test_sequence_keys_tell_prompt_completion_and_mask_apart() -> None:

@@ -26,7 +26,7 @@ EMPTY = {"prompt": "x", "chosen": " ", "rejected": "y"}
 
 def _read(*sources: Path | str, **options: Any) -> tuple[list[Any], Audit]:
     audit = Audit()
-    records = read_records([str(s) for s in sources], audit=audit, **options)
+    records = list(read_records([str(s) for s in sources], audit=audit, **options))
     assert audit.rows == audit.kept + audit.mended + audit.refused
     assert len(records) == audit.kept + audit.mended
     return records, audit

@@ -55,7 +55,8 @@ def groups(
 ) -> list[CompletionGroup]:
     renderer = Renderer(tokenizer, template=template)
     audit = audit or counted(records)
-    return tokenize(records, renderer, max_length=max_length, max_prompt_length=max_prompt_length, audit=audit)
+    made = tokenize(records, renderer, max_length=max_length, max_prompt_length=max_prompt_length, audit=audit)
+    return list(made)
 
 
 def counted(records: Sequence[Record]) -> Audit:

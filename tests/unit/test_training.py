@@ -30,18 +30,19 @@ def test_cached_equals_live_and_is_found_again(tmp_path: Path) -> None:
     model = model_of("Llama")
     calls = []
 
-    def scorer():  # type: ignore[no-untyped-def]
-        calls.append(1)
-        return lambda batch: sequence_logprob_sum(model, batch, "shared")
+    def score(batch: PackedBatch) -> torch.Tensor:
+        calls.append(batch.sequences)
+        return sequence_logprob_sum(model, batch, "shared")
 
     cache = ReferenceCache(tmp_path, "weights float32")
-    first = reference_logprobs(GROUPS, cache, scorer, tokens_per_batch=12)
-    again = reference_logprobs(list(reversed(GROUPS)), cache, scorer, tokens_per_batch=100)
-    assert first == again and len(calls) == 1
+    first = reference_logprobs(GROUPS, cache, score, tokens_per_batch=lambda: 12, device=CPU)
+    assert sum(calls) == 6
+    again = reference_logprobs(list(reversed(GROUPS)), cache, score, tokens_per_batch=lambda: 100, device=CPU)
+    assert torch.equal(first, again.flip(0)) and sum(calls) == 6, "one pass serves every later one"
     with torch.no_grad():
         live = sequence_logprob_sum(model, pack(GROUPS), "shared")
     keys = [g.sequence_key(k) for g in GROUPS for k in (0, 1)]
-    torch.testing.assert_close(torch.tensor([first[k] for k in keys]), live, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(first.flatten(), live, atol=1e-5, rtol=1e-6)
     other = ReferenceCache(tmp_path, "other weights float32")
     assert other.get(keys) == {}
 
@@ -62,8 +63,8 @@ def test_a_killed_reference_pass_goes_on_where_it_stopped(tmp_path: Path) -> Non
 
     cache = ReferenceCache(tmp_path, "w")
     with pytest.raises(KeyboardInterrupt):
-        reference_logprobs(GROUPS, cache, lambda: failing, tokens_per_batch=12)
-    reference_logprobs(GROUPS, cache, lambda: rest, tokens_per_batch=12)
+        reference_logprobs(GROUPS, cache, failing, tokens_per_batch=lambda: 12, device=CPU)
+    reference_logprobs(GROUPS, cache, rest, tokens_per_batch=lambda: 12, device=CPU)
     assert sum(seen) == 6, "a sequence was scored twice or not at all"
 
 

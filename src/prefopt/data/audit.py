@@ -1,5 +1,6 @@
 """What became of every row that was read: kept, mended or refused, with file, line and reason."""
 
+from array import array
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +17,7 @@ State = Literal["mended", "refused"]
 
 _STYLES = {"kept": "green", "mended": "yellow", "refused": "red"}
 _FINDINGS_PER_REASON = 1000  # examples held in memory; the counts are exact whatever their number
+_MENDED, _REFUSED, _FIRST_REASON = 1, 2, 4  # bits of what is known of a row
 
 
 class Refusal(Exception):
@@ -41,6 +43,7 @@ class Audit:
     """Counts rows as they are read, mended and refused; rows = kept + mended + refused.
 
     A row's worst state counts, once, however much is found in it; each of its reasons counts once.
+    That takes 8 bytes a row, and a bounded number of examples.
 
     Attributes:
         format: What the rows were read as, for people.
@@ -49,8 +52,9 @@ class Audit:
     def __init__(self) -> None:
         self.format = ""
         self._rows = 0
-        self._states: dict[Source, State] = {}
-        self._reasons: dict[Source, tuple[str, ...]] = {}
+        self._found: dict[str, array[int]] = {}  # file -> bits of its rows: states, then a bit a reason
+        self._reason_bits: dict[str, int] = {}
+        self._mended = self._refused = 0
         self._counts: Counter[tuple[State, str]] = Counter()
         self._findings: list[Finding] = []
 
@@ -67,12 +71,17 @@ class Audit:
         self._add(Finding(source, "refused", reason, detail))
 
     def _add(self, finding: Finding) -> None:
-        known = self._reasons.get(finding.source, ())
-        if finding.state == "refused" or finding.source not in self._states:
-            self._states[finding.source] = finding.state
-        if finding.reason in known:
+        reason = self._reason_bits.setdefault(finding.reason, _FIRST_REASON << len(self._reason_bits))
+        bits = self._found.setdefault(finding.source.file, array("Q"))
+        row = finding.source.row
+        if len(bits) <= row:
+            bits.frombytes(bytes(8 * (row + 1 - len(bits))))
+        known = bits[row]
+        bits[row] |= reason | (_MENDED if finding.state == "mended" else _REFUSED)
+        self._refused += bool(bits[row] & _REFUSED) - bool(known & _REFUSED)
+        self._mended += (bits[row] & 3 == _MENDED) - (known & 3 == _MENDED)
+        if known & reason:
             return
-        self._reasons[finding.source] = (*known, finding.reason)
         self._counts[finding.state, finding.reason] += 1
         if self._counts[finding.state, finding.reason] <= _FINDINGS_PER_REASON:
             self._findings.append(finding)
@@ -85,17 +94,17 @@ class Audit:
     @property
     def mended(self) -> int:
         """Rows used after mending."""
-        return sum(state == "mended" for state in self._states.values())
+        return self._mended
 
     @property
     def refused(self) -> int:
         """Rows not used."""
-        return sum(state == "refused" for state in self._states.values())
+        return self._refused
 
     @property
     def kept(self) -> int:
         """Rows used as they stand."""
-        return self._rows - len(self._states)
+        return self._rows - self._mended - self._refused
 
     @property
     def reasons(self) -> dict[str, int]:

@@ -29,7 +29,8 @@ class CompletionGroup:
     """A prompt (at least one token) with K completions; a pair is K=2, the chosen one first.
 
     `weight` multiplies the group's loss. `source` names the row it was made from. `truncated` says
-    that a completion lost its end to the length limit.
+    that a completion lost its end to the length limit. `place` is its number among the groups it
+    was stored with (`data/store.py`), or None.
     """
 
     prompt_ids: Int32[np.ndarray, " prompt"]
@@ -37,6 +38,7 @@ class CompletionGroup:
     source: Source
     weight: float = 1.0
     truncated: bool = False
+    place: int | None = None
 
     @property
     def tokens(self) -> int:

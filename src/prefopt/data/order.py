@@ -2,29 +2,41 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+from jaxtyping import Int64
 
 from prefopt.data.group import CompletionGroup
 
-__all__ = ["rows_of_step", "split_by_prompt", "steps_per_epoch"]
+__all__ = ["Split", "rows_of_step", "split_by_prompt", "steps_per_epoch"]
 
 
-def split_by_prompt(
-    groups: Sequence[CompletionGroup], share: float, seed: int
-) -> tuple[list[CompletionGroup], list[CompletionGroup]]:
-    """(training groups, held-out groups); all groups of one prompt fall on the same side.
+@dataclass(frozen=True)
+class Split:
+    """Indices of the rows on either side, each in the order of the file."""
+
+    train: Int64[np.ndarray, " train"]
+    held_out: Int64[np.ndarray, " held_out"]
+
+
+def split_by_prompt(groups: Sequence[CompletionGroup], share: float, seed: int) -> Split:
+    """Hold out a share of the prompts; all groups of one prompt fall on the same side.
 
     Prompts are ranked by a seeded hash of their tokens and the first `share` of them (at least
     one, if `share` is positive and there are two prompts) is held out, so adding rows hardly
-    moves the others. Rows of plain text have no prompt and are split one by one. Both lists keep the order of the file.
+    moves the others. Rows of plain text have no prompt and are split one by one.
     """
-    prompts = {_prompt(g) for g in groups}
+    if share == 0:
+        return Split(np.arange(len(groups)), np.arange(0))
     salt = str(seed).encode()
-    ranked = sorted(prompts, key=lambda p: hashlib.blake2b(p, key=salt, digest_size=16).digest())
-    wanted = max(1, round(share * len(ranked))) if share > 0 and len(ranked) > 1 else 0
-    held = set(ranked[:wanted])
-    return [g for g in groups if _prompt(g) not in held], [g for g in groups if _prompt(g) in held]
+    ranks = (hashlib.blake2b(_prompt(g), key=salt, digest_size=16).digest() for g in groups)
+    rank = np.fromiter(ranks, dtype="S16", count=len(groups))
+    ranked = np.unique(rank)
+    wanted = max(1, round(share * len(ranked))) if len(ranked) > 1 else 0
+    held = np.isin(rank, ranked[:wanted])
+    return Split(np.flatnonzero(~held), np.flatnonzero(held))
 
 
 def _prompt(group: CompletionGroup) -> bytes:
@@ -46,5 +58,9 @@ def rows_of_step(step: int, *, rows: int, batch: int, seed: int) -> list[int]:
     uninterrupted one would have seen, and no row twice within an epoch.
     """
     epoch, within = divmod(step, steps_per_epoch(rows, batch))
-    order = np.random.default_rng([seed, epoch]).permutation(rows)
-    return [int(i) for i in order[within * batch : (within + 1) * batch]]
+    return [int(i) for i in _order(epoch, rows, seed)[within * batch : (within + 1) * batch]]
+
+
+@lru_cache(maxsize=2)  # the epoch at hand, and the one whose first rows are fetched ahead
+def _order(epoch: int, rows: int, seed: int) -> Int64[np.ndarray, " rows"]:
+    return np.random.default_rng([seed, epoch]).permutation(rows)

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from prefopt.data.group import CompletionGroup
 
-__all__ = ["PackedBatch", "Segment", "SegmentLayout", "micro_batches", "pack"]
+__all__ = ["PackedBatch", "Segment", "SegmentLayout", "pack"]
+
+_NOWHERE = torch.iinfo(torch.int64).min
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,7 @@ class PackedBatch:
         targets: Token ids to score (trainable completion tokens only).
         sequence_of_target: Which sequence each target belongs to.
         token_counts: Scored tokens per sequence.
+        places: `group.place` of each group; an index that no table has where it stands in none.
         weights: Loss weight of each group.
         truncated: 1 for each group with a cut completion, else 0.
         groups: The groups packed, in order.
@@ -119,6 +122,7 @@ class PackedBatch:
     targets: Int[Tensor, " targets"]
     sequence_of_target: Int[Tensor, " targets"]
     token_counts: Int[Tensor, " sequences"]
+    places: Int[Tensor, " groups"]
     weights: Float[Tensor, " groups"]
     truncated: Float[Tensor, " groups"]
     groups: tuple[CompletionGroup, ...]
@@ -198,6 +202,7 @@ def pack(groups: Sequence[CompletionGroup]) -> PackedBatch:
         targets=_tensor(targets),
         sequence_of_target=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
         token_counts=torch.from_numpy(counts),
+        places=torch.tensor([_NOWHERE if g.place is None else g.place for g in groups]),
         weights=torch.tensor([g.weight for g in groups], dtype=torch.float32),
         truncated=torch.tensor([float(g.truncated) for g in groups]),
         groups=tuple(groups),
@@ -210,24 +215,3 @@ def _tensor(parts: Iterable[np.ndarray]) -> Int[Tensor, " n"]:
 
 def _int32(values: np.ndarray) -> Int[Tensor, " n"]:
     return torch.from_numpy(values.astype(np.int32))
-
-
-def micro_batches(groups: Sequence[CompletionGroup], tokens_per_batch: int) -> list[list[CompletionGroup]]:
-    """Split one step's groups into micro-batches of at most `tokens_per_batch` tokens each.
-
-    First fit, longest group first (within 11/9 of the fewest possible bins). A group longer than
-    the budget stands alone: the budget bounds memory, it never drops a row. What a step computes
-    does not depend on the split: losses are summed and divided once.
-    """
-    bins: list[list[CompletionGroup]] = []
-    room: list[int] = []
-    for group in sorted(groups, key=lambda g: -g.tokens):
-        for b, free in enumerate(room):
-            if group.tokens <= free:
-                bins[b].append(group)
-                room[b] -= group.tokens
-                break
-        else:
-            bins.append([group])
-            room.append(tokens_per_batch - group.tokens)
-    return bins

@@ -1,18 +1,17 @@
 """Files, folders and hub names -> records; every row that is not used is told to the audit."""
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prefopt.data.audit import Audit
 from prefopt.data.files import ACCEPTED, MAX_DEPTH, RawRow, file_rows, is_data_file, table_rows
 from prefopt.data.formats import COLUMNS, RECOGNISED, parse_row
+from prefopt.data.spool import Records, Seen, identity
 from prefopt.errors import ConfigError, DataError
-from prefopt.records import Comparison, Content, Demonstration, Record, Source
+from prefopt.records import Record, Source
 
 __all__ = ["read_records"]
 
@@ -34,7 +33,7 @@ def read_records(
     audit: Audit,
     columns: Mapping[str, str] | None = None,
     split: str | None = None,
-) -> list[Record]:
+) -> Records:
     """Usable rows of all sources, in their order.
 
     Rows of several layouts may be mixed. Exact duplicates of an earlier row are refused, and so
@@ -68,7 +67,8 @@ def read_records(
             raise DataError("There is no row in the data.", where=name, got="0 rows", expected="at least one row")
     mapping.check_found(sources)
     audit.format = collected.format(mapping)
-    return collected.records()
+    collected.records.flush()
+    return collected.records
 
 
 def _take(source: Source, raw: RawRow, mapping: "_Mapping", collected: "_Collected") -> None:
@@ -153,34 +153,27 @@ class _Mapping:
         return [str(name) for name in self.seen if name not in used]
 
 
-@dataclass
 class _Collected:
     """Records so far, and what has been seen of them."""
 
-    audit: Audit
-    layouts: Counter[str | None] = field(default_factory=Counter)
-    _records: list[Record | None] = field(default_factory=list)
-    # What was compared or judged -> (which way round or which label, place among the records, row).
-    _seen: dict[bytes, tuple[bool, int, Source]] = field(default_factory=dict)
+    def __init__(self, audit: Audit) -> None:
+        self.audit = audit
+        self.layouts: Counter[str | None] = Counter()
+        self.records = Records()
+        self._seen = Seen()
 
     def add(self, record: Record) -> None:
         """Keep a record, unless an earlier one says the same or the opposite."""
-        key, way = _identity(record)
-        if key not in self._seen:
-            self._seen[key] = way, len(self._records), record.source
-            self._records.append(record)
-            return
-        earlier_way, place, earlier = self._seen[key]
-        if way == earlier_way:
-            self.audit.refuse(record.source, "duplicate", f"the same as {earlier}")
-            return
-        self.audit.refuse(record.source, "contradictory", f"the opposite of {earlier}")
-        self.audit.refuse(earlier, "contradictory", f"the opposite of {record.source}")
-        self._records[place] = None
-
-    def records(self) -> list[Record]:
-        """The usable ones, in file order."""
-        return [record for record in self._records if record is not None]
+        key, way = identity(record)
+        earlier = self._seen.first(key, way, self.records.written, record.source)
+        if earlier is None:
+            self.records.append(record)
+        elif way == earlier.way:
+            self.audit.refuse(record.source, "duplicate", f"the same as {earlier.source}")
+        else:
+            self.audit.refuse(record.source, "contradictory", f"the opposite of {earlier.source}")
+            self.audit.refuse(earlier.source, "contradictory", f"the opposite of {record.source}")
+            self.records.drop(earlier.place)
 
     def format(self, mapping: _Mapping) -> str:
         """What the rows were read as, the most frequent layout first."""
@@ -191,27 +184,6 @@ class _Collected:
         if self.audit.rows and (unused := mapping.unused()):
             text += f"; columns left aside: {', '.join(unused[:6])}" + (", ..." if len(unused) > 6 else "")
         return text
-
-
-def _identity(record: Record) -> tuple[bytes, bool]:
-    """A hash of what is compared or judged, and which of two opposite things is said of it."""
-    prompt = _digest(record.prompt)
-    if isinstance(record, Comparison):
-        chosen, rejected = _digest(record.chosen), _digest(record.rejected)
-        return b"pair" + prompt + min(chosen, rejected) + max(chosen, rejected), chosen < rejected
-    completion = _digest(record.completion)
-    if isinstance(record, Demonstration):
-        return b"show" + prompt + completion, True
-    return b"rate" + prompt + completion, record.label
-
-
-def _digest(content: Content) -> bytes:
-    digest = hashlib.blake2b(digest_size=16, person=b"text" if isinstance(content, str) else b"messages")
-    for part in [content] if isinstance(content, str) else [text for m in content for text in (m.role, m.content)]:
-        data = part.encode()
-        digest.update(len(data).to_bytes(8, "little"))
-        digest.update(data)
-    return digest.digest()
 
 
 def _rows(name: str, split: str | None, mapping: _Mapping) -> Iterator[tuple[Source, RawRow]]:

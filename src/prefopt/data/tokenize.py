@@ -337,8 +337,8 @@ def tokenize(
     max_length: int,
     max_prompt_length: int,
     audit: Audit,
-) -> list[CompletionGroup]:
-    """Token ids of every usable record, in their order; what is cut or refused is told to `audit`.
+) -> Iterator[CompletionGroup]:
+    """Token ids of every usable record, one at a time in their order; what is cut or refused is told to `audit`.
 
     Args:
         max_length: Most tokens of prompt plus longest completion.
@@ -357,11 +357,9 @@ def tokenize(
             expected=f"less than max_length, {max_length}",
         )
     rows = iter(records)
-    groups: list[CompletionGroup] = []
     while chunk := list(islice(rows, _CHUNK)):
         for group in renderer.groups(chunk, audit):
             try:
-                groups.append(fit(group, max_length, max_prompt_length, renderer.start_id, audit))
+                yield fit(group, max_length, max_prompt_length, renderer.start_id, audit)
             except Refusal as refusal:
                 audit.refuse(group.source, refusal.reason, refusal.detail)
-    return groups

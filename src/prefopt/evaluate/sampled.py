@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from prefopt.data.bins import micro_batches
 from prefopt.data.group import Completion, CompletionGroup
-from prefopt.data.pack import micro_batches, pack
+from prefopt.data.pack import pack
 from prefopt.data.tokenize import Renderer
 from prefopt.model.kl import ReferenceStates, sequence_kl_sum
 from prefopt.model.load import LoadedModel, eos_ids, load_model

@@ -1,7 +1,7 @@
 """The data doctor: read and, if a model is named, tokenise, then print what became of every row."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from rich.console import Console
 
@@ -36,13 +36,14 @@ def check(config: CheckConfig, *, as_json: bool = False) -> bool:
     return audit.rows > audit.refused
 
 
-def _tokenize(records: Sequence[Record], model: str, config: CheckConfig, audit: Audit) -> None:
+def _tokenize(records: Iterable[Record], model: str, config: CheckConfig, audit: Audit) -> None:
     tokenizer, shape = load_tokenizer(model), load_config(model)
     renderer = Renderer(tokenizer, template=config.template, eos_ids=eos_ids(model, tokenizer))
     limit = length_limit(config.max_length, max_positions(shape))
     say(f"conversations: {renderer.description}; at most {limit} tokens")
     prompt_limit = config.max_prompt_length or limit // 2
-    tokenize(records, renderer, max_length=limit, max_prompt_length=prompt_limit, audit=audit)
+    for _ in tokenize(records, renderer, max_length=limit, max_prompt_length=prompt_limit, audit=audit):
+        pass  # the audit is told of every row
 
 
 def _verdict(audit: Audit) -> str:

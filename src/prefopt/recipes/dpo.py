@@ -1,12 +1,15 @@
 """Direct Preference Optimization, from a preference file to an aligned model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
+from jaxtyping import Float
 
 from prefopt.config import DPOConfig
+from prefopt.data.bins import micro_batches
 from prefopt.data.group import CompletionGroup
-from prefopt.data.pack import PackedBatch, micro_batches, pack
+from prefopt.data.pack import PackedBatch, pack
+from prefopt.data.store import GroupStore
 from prefopt.errors import DataError
 from prefopt.losses import LossTotal, dpo
 from prefopt.model.adapter import check_targets
@@ -60,12 +63,12 @@ def train(config: DPOConfig, resumed: RunFolder | None = None) -> RunFolder:
 
     def loss_of(batch: PackedBatch) -> LossTotal:
         sums = sequence_logprob_sum(policy, batch, path.path)
-        known = torch.tensor([logps[g.sequence_key(k)] for g in batch.groups for k in (0, 1)], device=device)
+        known = logps[batch.places]
         total = dpo(
             policy_chosen=sums[0::2],
             policy_rejected=sums[1::2],
-            reference_chosen=known[0::2],
-            reference_rejected=known[1::2],
+            reference_chosen=known[:, 0],
+            reference_rejected=known[:, 1],
             beta=config.beta,
             label_smoothing=config.label_smoothing,
             weights=batch.weights,
@@ -106,7 +109,7 @@ def train(config: DPOConfig, resumed: RunFolder | None = None) -> RunFolder:
     return run
 
 
-def _comparisons(records: Sequence[Record]) -> Sequence[Record]:
+def _comparisons(records: Iterable[Record]) -> Iterator[Record]:
     """Pairs only; anything else is named, with the recipe that takes it."""
     for record in records:
         if not isinstance(record, Comparison):
@@ -117,7 +120,7 @@ def _comparisons(records: Sequence[Record]) -> Sequence[Record]:
                 expected="a prompt with a chosen and a rejected completion",
                 todo="Demonstrations go to `prefopt sft`; single rated completions need a rejected partner first.",
             )
-    return records
+        yield record
 
 
 def _one(_: CompletionGroup) -> int:
@@ -128,22 +131,29 @@ def _one(_: CompletionGroup) -> int:
 def _score_reference(
     config: DPOConfig,
     reference: LoadedModel,
-    groups: list[CompletionGroup],
+    groups: GroupStore,
     path: PathChoice,
     dtype: torch.dtype,
     device: torch.device,
-) -> dict[bytes, float]:
+) -> Float[torch.Tensor, "rows 2"]:
+    """Of every pair by its place in `groups`, chosen first."""
+
     def score(batch: PackedBatch) -> torch.Tensor:
-        return sequence_logprob_sum(reference.model, batch.to(device), path.path)
+        return sequence_logprob_sum(reference.model, batch, path.path)
 
     reference.model.eval()
     cache = ReferenceCache(cache_folder(), f"{reference.fingerprint} {dtype}")
-    budget = forward_budget(config.tokens_per_batch, score, groups, device)
-    return reference_logprobs(groups, cache, lambda: score, tokens_per_batch=budget)
+    return reference_logprobs(
+        groups,
+        cache,
+        score,
+        tokens_per_batch=lambda: forward_budget(config.tokens_per_batch, score, groups, device),
+        device=device,
+    )
 
 
 def _kl_states(
-    config: DPOConfig, reference: LoadedModel, held_out: list[CompletionGroup], path: PathChoice, device: torch.device
+    config: DPOConfig, reference: LoadedModel, held_out: GroupStore, path: PathChoice, device: torch.device
 ) -> tuple[list[PackedBatch], ReferenceStates | None]:
     """Batches of the first held-out pairs and what the reference makes of them; nothing where KL is off."""
     parts = micro_batches(held_out[: config.kl_rows], config.tokens_per_batch or _KL_TOKENS)

@@ -1,13 +1,17 @@
 """Score completions: log-probabilities, and implicit rewards against a reference, as JSON lines."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
+from jaxtyping import Float64
 
 from prefopt.config import ScoreConfig
-from prefopt.data.group import CompletionGroup
-from prefopt.data.pack import PackedBatch, micro_batches, pack
+from prefopt.data.bins import batches_by_length
+from prefopt.data.feed import feed
+from prefopt.data.pack import PackedBatch
+from prefopt.data.store import GroupStore
 from prefopt.model.load import load_reference
 from prefopt.model.logprobs import sequence_logprob_sum
 from prefopt.progress import progress
@@ -34,52 +38,54 @@ def score(config: ScoreConfig) -> int:
     if config.reference is not None:
         reference_model = load_reference(config.reference, loaded, dtype, device).model
         reference = _logps(config, reference_model, groups, "reference", device)
-    lines = "".join(json.dumps(line) + "\n" for line in _lines(config, groups, logps, reference))
-    write_atomically(config.out, lines.encode())
+    lines = (json.dumps(line).encode() + b"\n" for line in _lines(config, groups, logps, reference))
+    write_atomically(config.out, lines)
     return len(groups)
 
 
-def _any(records: Sequence[Record]) -> Sequence[Record]:
+def _any(records: Iterable[Record]) -> Iterable[Record]:
     return records
 
 
 @torch.no_grad()
 def _logps(
-    config: ScoreConfig, model: torch.nn.Module, groups: list[CompletionGroup], label: str, device: torch.device
-) -> dict[int, list[float]]:
-    """Log-probability sums of each group's completions, by the group's place in `groups`."""
+    config: ScoreConfig, model: torch.nn.Module, groups: GroupStore, label: str, device: torch.device
+) -> Float64[np.ndarray, "rows completions"]:
+    """Log-probability sums of each group's completions; NaN where a group has fewer than others."""
     model.eval()
     path = check_path(model, groups, device).path
-    place = {id(group): number for number, group in enumerate(groups)}
-    found: dict[int, list[float]] = {}
 
     def score(batch: PackedBatch) -> torch.Tensor:
-        return sequence_logprob_sum(model, batch.to(device), path)
+        return sequence_logprob_sum(model, batch, path)
 
     budget = forward_budget(config.tokens_per_batch, score, groups, device)
+    found = np.full((len(groups), int(groups.completions.max())), np.nan)
     with progress(label, total=len(groups), unit="rows") as bar:
-        for part in micro_batches(groups, budget):
-            sums = score(pack(part)).tolist()
-            for group in part:
-                found[place[id(group)]], sums = sums[: len(group.completions)], sums[len(group.completions) :]
-            bar.advance(len(part))
+        for batch in feed(batches_by_length(groups, budget), device):
+            sums = score(batch).tolist()
+            for group in batch.groups:
+                k = len(group.completions)
+                found[group.place, :k], sums = sums[:k], sums[k:]
+            bar.advance(len(batch.groups))
     return found
 
 
 def _lines(
     config: ScoreConfig,
-    groups: list[CompletionGroup],
-    logps: dict[int, list[float]],
-    reference: dict[int, list[float]] | None,
+    groups: GroupStore,
+    logps: Float64[np.ndarray, "rows completions"],
+    reference: Float64[np.ndarray, "rows completions"] | None,
 ) -> Iterator[dict[str, object]]:
     beta = config.beta if config.beta is not None else 1.0
     for number, group in enumerate(groups):
         names = ("chosen", "rejected") if len(group.completions) == 2 else ("completion",)
         line: dict[str, object] = {"row": group.source.row, "file": group.source.file}
         for k, name in enumerate(names):
-            line[f"logps/{name}"] = logps[number][k]
+            own = float(logps[number, k])
+            line[f"logps/{name}"] = own
             line[f"tokens/{name}"] = group.completions[k].scored_tokens
             if reference is not None:
-                line[f"ref_logps/{name}"] = reference[number][k]
-                line[f"rewards/{name}"] = beta * (logps[number][k] - reference[number][k])
+                other = float(reference[number, k])
+                line[f"ref_logps/{name}"] = other
+                line[f"rewards/{name}"] = beta * (own - other)
         yield line

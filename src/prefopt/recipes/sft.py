@@ -1,6 +1,6 @@
 """Supervised fine-tuning: imitate demonstrations, or the chosen completions of pairs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 
 from prefopt.config import SFTConfig
 from prefopt.data.group import CompletionGroup
@@ -88,9 +88,9 @@ def _tokens(group: CompletionGroup) -> int:
     return sum(completion.scored_tokens for completion in group.completions)
 
 
-def _demonstrations(records: Sequence[Record]) -> Sequence[Record]:
+def _demonstrations(records: Iterable[Record]) -> Iterator[Record]:
     """Demonstrations as they are; of a pair the chosen completion; ratings are refused by name."""
-    kept: list[Record] = []
+    pairs = 0
     for record in records:
         if isinstance(record, Rating):
             raise DataError(
@@ -101,8 +101,8 @@ def _demonstrations(records: Sequence[Record]) -> Sequence[Record]:
                 todo="Keep the rows whose label is true, without the label column.",
             )
         if isinstance(record, Comparison):
+            pairs += 1
             record = Demonstration(record.prompt, record.chosen, record.source, record.weight)
-        kept.append(record)
-    if pairs := sum(isinstance(r, Comparison) for r in records):
+        yield record
+    if pairs:
         say(f"pairs: sft imitates the chosen completion of {pairs:,} pairs")
-    return kept

@@ -5,7 +5,6 @@ a token costs. The budget is a power of two, so that small changes in free memor
 and it never changes what a step computes: only how many micro-batches it is computed in.
 """
 
-import heapq
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,12 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prefopt.data.group import CompletionGroup
 from prefopt.data.pack import PackedBatch, pack
+from prefopt.data.store import token_counts
 from prefopt.progress import say
 from prefopt.run import RunFolder
 from prefopt.train.step import LossOf
@@ -143,7 +144,8 @@ def find_budget(
 
 
 def _longest(groups: Sequence[CompletionGroup]) -> list[CompletionGroup]:
-    return heapq.nlargest(_LARGE, groups, key=lambda g: g.tokens)  # at least a token each: enough for both probes
+    longest = np.argsort(-token_counts(groups), kind="stable")
+    return [groups[int(i)] for i in longest[:_LARGE]]  # at least a token each: enough for both probes
 
 
 def _first_tokens(groups: Sequence[CompletionGroup], tokens: int) -> list[CompletionGroup]:

@@ -8,11 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from prefopt.data.bins import batches_by_length, micro_batches
 from prefopt.data.feed import feed
 from prefopt.data.group import CompletionGroup
-from prefopt.data.pack import PackedBatch, micro_batches
+from prefopt.data.pack import PackedBatch
 from prefopt.errors import NonFiniteError
 from prefopt.losses.total import LossTotal
+from prefopt.records import Source
 from prefopt.train.optimizer import Masters, gradient_norm
 
 __all__ = ["LossOf", "StepResult", "evaluate_loss", "train_step"]
@@ -79,12 +81,13 @@ def evaluate_loss(
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, float]:
     """`loss` and the mean metrics over `groups`, computed as a training step would."""
-    tally = _Tally()
-    for batch in feed(micro_batches(groups, tokens_per_batch), device):
+    tally, count = _Tally(), 0
+    for batch in feed(batches_by_length(groups, tokens_per_batch), device):
         tally.add(batch, loss_of(batch))
+        count += sum(count_of(g) for g in batch.groups)
         advance(len(batch.groups))
     _, summary = tally.read(torch.zeros((), device=device))
-    return {"loss": summary.loss_sum / sum(count_of(g) for g in groups), **summary.means}
+    return {"loss": summary.loss_sum / count, **summary.means}
 
 
 @dataclass(frozen=True)
@@ -98,13 +101,13 @@ class _Tally:
     """Sums over micro-batches, kept on the device until they are read, all at once."""
 
     def __init__(self) -> None:
-        self.groups: list[CompletionGroup] = []
+        self.sources: list[Source] = []
         self.losses: list[Tensor] = []
         self.metrics: dict[str, list[Tensor]] = {}
         self.tokens = 0
 
     def add(self, batch: PackedBatch, total: LossTotal) -> None:
-        self.groups += batch.groups
+        self.sources += [g.source for g in batch.groups]
         self.losses.append(total.losses.detach())
         for name, values in total.metrics.items():
             self.metrics.setdefault(name, []).append(values)
@@ -119,7 +122,7 @@ class _Tally:
 
     def bad_rows(self) -> list[str]:
         finite = torch.isfinite(torch.cat(self.losses)).tolist()
-        return [str(g.source) for g, ok in zip(self.groups, finite, strict=True) if not ok]
+        return [str(source) for source, ok in zip(self.sources, finite, strict=True) if not ok]
 
 
 def _non_finite(tally: _Tally, result: StepResult, groups: Sequence[CompletionGroup]) -> NonFiniteError:
