@@ -31,7 +31,7 @@ class _Config(BaseModel):
     @classmethod
     def _as_written(cls, value: Any, info: Any) -> Any:
         kind = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and kind is not bool:  # pydantic takes true for 1
+        if isinstance(value, bool) and kind not in (bool, bool | None):  # pydantic takes true for 1
             raise ValueError("a value that is neither true nor false (in YAML yes, no, on and off mean these, too)")
         if isinstance(value, str) and info.field_name in ("data", "lora_targets"):
             return (value,)
@@ -165,8 +165,12 @@ class TrainConfig(DataConfig):
         Field(description="Arithmetic; bfloat16 keeps a float32 master copy. auto: bfloat16 on CUDA, else float32."),
     ] = "auto"
     checkpoint_activations: Annotated[
-        bool, Field(description="Recompute activations in the backward pass: less memory, slower.")
-    ] = False
+        Literal["none", "selective", "all"],
+        Field(description="Activations to recompute in the backward pass: less memory, slower; selective: cheap ones."),
+    ] = "none"
+    compile_blocks: Annotated[
+        bool | None, Field(description="Compile transformer blocks; default: on CUDA, in runs of 100 steps and more.")
+    ] = None
     lora_rank: Annotated[int | None, Field(description="Train a LoRA adapter of this rank.", ge=1)] = None
     lora_alpha: Annotated[int | None, Field(description="LoRA scale; default: the rank.", ge=1)] = None
     lora_dropout: Annotated[float | None, Field(description="LoRA dropout; default: none.", ge=0, lt=1)] = None
@@ -194,6 +198,8 @@ class TrainConfig(DataConfig):
             raise ValueError("weight_decay does nothing with optimizer rmsprop; use adamw or leave it out")
         if self.eval_every and not self.eval_share:
             raise ValueError("eval_every does nothing with eval_share 0")
+        if self.checkpoint_activations == "selective" and self.compile_blocks:
+            raise ValueError("checkpoint_activations selective does nothing with compile_blocks, which selects itself")
         if self._changed("sample_tokens") and not self.samples:
             raise ValueError("sample_tokens does nothing with samples 0")
         return self

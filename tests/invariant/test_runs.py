@@ -102,13 +102,21 @@ def test_the_token_budget_is_found_once_and_kept(inputs: Path, tmp_path: Path) -
     assert metrics(tmp_path / "auto") == metrics(tmp_path / "asked")
 
 
-def test_checkpointed_activations_change_nothing(inputs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("which", ["selective", "all"])
+def test_checkpointed_activations_change_nothing(inputs: Path, tmp_path: Path, which: str) -> None:
     prefopt(*dpo(inputs, tmp_path / "kept"), cache=tmp_path)
-    prefopt(*dpo(inputs, tmp_path / "recomputed", "--checkpoint-activations"), cache=tmp_path)
+    prefopt(*dpo(inputs, tmp_path / "recomputed", "--checkpoint-activations", which), cache=tmp_path)
     close(metrics(tmp_path / "kept"), metrics(tmp_path / "recomputed"), 1e-5)
 
 
-@pytest.mark.parametrize("more", [(), ("--lora-rank", "4", "--lora-dropout", "0.1"), ("--dtype", "bfloat16")])
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("--lora-rank", "4", "--lora-dropout", "0.1", "--checkpoint-activations", "selective"),
+        ("--dtype", "bfloat16"),
+    ],
+)
 def test_interrupted_and_resumed_equals_uninterrupted(inputs: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
     """Bit for bit, after SIGINT in the middle and a kill -9 later on."""
     long = ("--epochs", "4", "--save-every", "3", "--eval-every", "4", *more)

@@ -106,7 +106,7 @@ def test_version_is_that_of_the_package() -> None:
         (["sft", "--columns", "--lr", "1"], "--columns needs a value.", "`prefopt sft --help`"),
         (["dpo", "--lr", "1", "--lr", "2"], "--lr is given twice.", "every flag once"),
         (["dpo", "stray"], "prefopt dpo does not know what to do with this.", "stray"),
-        (["sft", "--checkpoint-activations=maybe"], "--checkpoint-activations is a switch.", "maybe"),
+        (["sft", "--compile-blocks=maybe"], "--compile-blocks is a switch.", "maybe"),
         (["check"], "FILE is missing.", "Data files"),
         (["resume"], "RUN is missing.", "`prefopt resume --help`"),
         (["merge", "a"], "A setting is missing: out.", "Give --out."),
@@ -140,7 +140,7 @@ def test_with_json_the_message_is_on_stdout_too(capsys: pytest.CaptureFixture[st
 
 def test_flags_reach_the_configuration(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("model: m\ndata: d.jsonl\nout: o\nbeta: 0.5\ncheckpoint_activations: true\n")
+    file.write_text("model: m\ndata: d.jsonl\nout: o\nbeta: 0.5\ncompile_blocks: true\n")
     seen: list[DPOConfig] = []
     command = with_flags_of(DPOConfig, file=True)(lambda config, as_json: seen.append(config))
     from cyclopts import App
@@ -161,13 +161,13 @@ def test_flags_reach_the_configuration(tmp_path: Path) -> None:
             "prompt=q",
             "chosen=x y",
         ]
-        + ["--no-checkpoint-activations", "--data", "c"],
+        + ["--no-compile-blocks", "--data", "c"],
         exit_on_error=False,
     )
     (config,) = seen
     assert config.data == ("a", "b", "c")
     assert config.columns == {"prompt": "q", "chosen": "x y"}
-    assert (config.beta, config.batch_pairs, config.lr, config.checkpoint_activations) == (0.5, 8, 1e-5, False)
+    assert (config.beta, config.batch_pairs, config.lr, config.compile_blocks) == (0.5, 8, 1e-5, False)
 
 
 def test_check_prints_a_table_and_a_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

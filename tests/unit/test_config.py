@@ -119,7 +119,8 @@ def test_a_key_standing_twice_is_refused(tmp_path: Path) -> None:
         ("epochs: 2 times", "2 times", "a whole number"),
         ("epochs: yes", "true", "a value that is neither true nor false (in YAML yes, no, on and off mean these, too)"),
         ("eval_share: 1", "1", "less than 1"),
-        ("checkpoint_activations: maybe", "maybe", "true or false"),
+        ("compile_blocks: maybe", "maybe", "true or false"),
+        ("checkpoint_activations: all of them", "all of them", "none, selective or all"),
         ("schedule: cosin", "cosin", "constant, linear or cosine"),
         ("template: [chat]", "['chat']", "auto, chat or plain"),
         ("model: 3", "3", "text"),
@@ -154,6 +155,11 @@ def test_a_wrong_flag_is_named_as_a_flag(tmp_path: Path) -> None:
             SFTConfig,
             "weight_decay: 0.1, optimizer: rmsprop",
             "weight_decay does nothing with optimizer rmsprop; use adamw or leave it out.",
+        ),
+        (
+            SFTConfig,
+            "checkpoint_activations: selective, compile_blocks: true",
+            "checkpoint_activations selective does nothing with compile_blocks, which selects itself.",
         ),
         (
             SFTConfig,

@@ -45,7 +45,7 @@ class Segment:
         return self.prefix_stop - self.prefix_start
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: torch 2.11 would compile a block again for every row whose fields differ
 class SegmentLayout:
     """Who attends to whom, in every form an attention kernel takes it.
 
@@ -71,7 +71,7 @@ class SegmentLayout:
     own_start: Int[Tensor, " slots"]
     prefix_start: Int[Tensor, " slots"]
     prefix_stop: Int[Tensor, " slots"]
-    made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, segments: Sequence[Segment]) -> "SegmentLayout":

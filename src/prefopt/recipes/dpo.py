@@ -57,7 +57,8 @@ def train(config: DPOConfig, resumed: RunFolder | None = None) -> RunFolder:
     sampler = Sampler.over(config, renderer, rows.held_out or rows.train)
     before = sampler.complete(loaded.model)
 
-    policy = make_policy(loaded.model, config)
+    steps = total_steps(config, len(rows.train), config.batch_pairs)
+    policy = make_policy(loaded.model, config, steps=steps)
 
     health = begin_health(run, rows, config.beta, resumed=resumed is not None)
 
@@ -105,7 +106,7 @@ def train(config: DPOConfig, resumed: RunFolder | None = None) -> RunFolder:
         health,
         device,
     )
-    finish(run, loaded, policy, sampler, before, total_steps(config, len(rows.train), config.batch_pairs))
+    finish(run, loaded, policy, sampler, before, steps)
     return run
 
 

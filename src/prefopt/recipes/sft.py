@@ -44,7 +44,8 @@ def train(config: SFTConfig, resumed: RunFolder | None = None) -> RunFolder:
         run.event("path", step=0, path=path.path, reason=path.reason, max_difference=path.max_difference)
     sampler = Sampler.over(config, renderer, rows.held_out or rows.train)
     before = sampler.complete(loaded.model)
-    policy = make_policy(loaded.model, config)
+    steps = total_steps(config, len(rows.train), config.batch_rows)
+    policy = make_policy(loaded.model, config, steps=steps)
 
     health = begin_health(run, rows, None, resumed=resumed is not None)
 
@@ -79,7 +80,7 @@ def train(config: SFTConfig, resumed: RunFolder | None = None) -> RunFolder:
         health,
         device,
     )
-    finish(run, loaded, policy, sampler, before, total_steps(config, len(rows.train), config.batch_rows))
+    finish(run, loaded, policy, sampler, before, steps)
     return run
 
 

@@ -108,8 +108,8 @@ def fit(
     """
     steps = total_steps(config, len(groups), objective.batch)
     torch.manual_seed(config.seed)
-    # Only a LoRA adapter's dropout and recomputed activations ask for training mode; the model's own dropout is off.
-    training_mode = config.checkpoint_activations or bool(config.lora_dropout)
+    # Only a LoRA adapter's dropout asks for training mode; the model's own is off.
+    training_mode = bool(config.lora_dropout)
     masters = Masters(policy.parameters())
     optimizer = make_optimizer(config.optimizer, masters.parameters, lr=objective.lr, weight_decay=config.weight_decay)
     state = _State(run, config, policy, masters, optimizer)
