@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prefopt.data.pack import PackedBatch
-from prefopt.model.head import Head, head_of, logits_tile, tile_rows
+from prefopt.model.head import Head, head_of
 from prefopt.model.logprobs import Path, plain_model, target_hidden
+from prefopt.model.statistics import target_statistics
 
 __all__ = ["ReferenceStates", "sequence_kl_sum"]
 
@@ -30,9 +31,7 @@ class ReferenceStates:
     @torch.no_grad()
     def of(cls, model: torch.nn.Module, batches: list[PackedBatch], path: Path) -> "ReferenceStates":
         """Run the reference once over `batches`; the head is copied, since training moves it in place."""
-        head = head_of(plain_model(model))
-        bias = None if head.bias is None else head.bias.detach().clone()
-        kept = Head(head.weight.detach().clone(), bias, head.scale, head.softcap)
+        kept = head_of(plain_model(model)).copied()
         return cls(tuple(target_hidden(model, batch, path).cpu() for batch in batches), kept)
 
 
@@ -49,21 +48,8 @@ def sequence_kl_sum(
     sums = []
     for batch, reference_hidden in zip(batches, reference.hidden, strict=True):
         hidden = target_hidden(policy, batch, path)
-        per_token = _token_kl(head, hidden, reference.head, reference_hidden.to(hidden.device))
-        sums.append(
-            torch.zeros(batch.sequences, device=hidden.device).index_add(0, batch.sequence_of_target, per_token)
-        )
+        theirs = (reference.head, reference_hidden.to(hidden.device))
+        kl = target_statistics(head, hidden, batch.targets, against=theirs).kl
+        assert kl is not None
+        sums.append(kl.new_zeros(batch.sequences).index_add(0, batch.sequence_of_target, kl))
     return torch.cat(sums) if sums else torch.zeros(0)
-
-
-def _token_kl(
-    head: Head, hidden: Float[Tensor, "targets d"], reference: Head, reference_hidden: Float[Tensor, "targets d"]
-) -> Float[Tensor, " targets"]:
-    parts = []
-    for ours, theirs in zip(
-        hidden.split(tile_rows(len(head.weight))), reference_hidden.split(tile_rows(len(head.weight))), strict=True
-    ):
-        log_p = torch.log_softmax(logits_tile(head, ours), dim=-1)
-        log_q = torch.log_softmax(logits_tile(reference, theirs), dim=-1)
-        parts.append((log_p.exp() * (log_p - log_q)).sum(dim=-1))
-    return torch.cat(parts)
