@@ -7,8 +7,9 @@ BIN := .venv/bin
 demo: $(BIN)/prefopt
 	$(BIN)/prefopt quickstart
 
+# Two workers of one thread each: on two cores, threads of both would wait for one another.
 test: .venv/.dev
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

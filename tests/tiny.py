@@ -5,7 +5,6 @@ import random
 import string
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,62 +12,16 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from architectures import ARCHITECTURES, COMMON, VOCABULARY
 from prefopt.data.group import Completion, CompletionGroup
 from prefopt.records import Source
-
-VOCABULARY = 97
-
-_COMMON: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-}
-_GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
-_NEOX = {k: v for k, v in _COMMON.items() if k != "num_key_value_heads"}
-
-# name -> (configuration class, arguments). Windows are shorter than the longest test sequence.
-ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "Llama": ("LlamaConfig", _COMMON),
-    "Qwen2": ("Qwen2Config", _COMMON),
-    "Qwen2 with windows": (
-        "Qwen2Config",
-        {**_COMMON, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
-    ),
-    "Qwen3": ("Qwen3Config", {**_COMMON, "head_dim": 8}),
-    "Mistral": ("MistralConfig", {**_COMMON, "sliding_window": None}),
-    "Mistral with windows": ("MistralConfig", {**_COMMON, "sliding_window": 6}),
-    "Mixtral": ("MixtralConfig", {**_COMMON, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "Gemma 2": ("Gemma2Config", {**_COMMON, "head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8}),
-    "Gemma 3": ("Gemma3TextConfig", {**_COMMON, "head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8}),
-    "GPT-2": ("GPT2Config", _GPT2),
-    "GPT-NeoX": ("GPTNeoXConfig", _NEOX),
-    "Phi-3": ("Phi3Config", _COMMON),
-    "OLMo-2": ("Olmo2Config", _COMMON),
-    "Granite": ("GraniteConfig", {**_COMMON, "logits_scaling": 3.0, "attention_multiplier": 0.3}),
-    "Cohere": ("CohereConfig", {**_COMMON, "logit_scale": 0.25}),
-}
-
-# Models that cannot share a prefix: no pluggable attention, sinks, a recurrent state.
-UNSHARABLE: dict[str, tuple[str, dict[str, Any]]] = {
-    "BLOOM": ("BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
-    "GPT-OSS": (
-        "GptOssConfig",
-        {**_COMMON, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 6},
-    ),
-    "Mamba": ("MambaConfig", {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
-}
 
 
 def model_of(architecture: str, seed: int = 0) -> PreTrainedModel:
     """A random float32 model in evaluation mode; weights are large enough that context matters."""
-    name, arguments = (ARCHITECTURES | UNSHARABLE)[architecture]
+    what = ARCHITECTURES[architecture]
     torch.manual_seed(seed)
-    config = getattr(transformers, name)(**arguments)
+    config = getattr(transformers, what.config)(**what.arguments)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -111,7 +64,7 @@ def save_tiny_model(folder: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<pad>")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        **{**_COMMON, "vocab_size": len(letters), "eos_token_id": 1, "bos_token_id": None, "tie_word_embeddings": True}
+        **{**COMMON, "vocab_size": len(letters), "eos_token_id": 1, "bos_token_id": None, "tie_word_embeddings": True}
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

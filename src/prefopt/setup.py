@@ -21,7 +21,7 @@ from prefopt.data.store import GroupStore
 from prefopt.data.tokenize import Renderer, tokenize
 from prefopt.errors import ConfigError, DataError
 from prefopt.model.load import LoadedModel, eos_ids, load_model, max_positions
-from prefopt.model.logprobs import PathChoice, choose_path
+from prefopt.model.paths import PathChoice, choose_path
 from prefopt.progress import Bar, progress, say, warn
 from prefopt.records import Record
 from prefopt.run import RunFolder, check_manifest, file_sha256

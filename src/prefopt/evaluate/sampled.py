@@ -17,7 +17,7 @@ from prefopt.data.pack import pack
 from prefopt.data.tokenize import Renderer
 from prefopt.model.kl import ReferenceStates, sequence_kl_sum
 from prefopt.model.load import LoadedModel, eos_ids, load_model
-from prefopt.model.logprobs import choose_path
+from prefopt.model.paths import choose_path
 from prefopt.model.sample import Sampled, sample
 from prefopt.progress import progress
 from prefopt.records import Source

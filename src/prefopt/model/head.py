@@ -67,9 +67,11 @@ class Head:
 def head_of(model: PreTrainedModel) -> Head:
     """The head of a transformers causal LM, with what its forward pass does to the logits.
 
-    `logit_scale` multiplies (Cohere), `logits_scaling` divides (Granite), `final_logit_softcapping`
-    caps (Gemma 2). That this is all is verified on a run's first batch. A LoRA adapter on the head
-    comes along, unless it is switched off.
+    `logit_scale` multiplies (Cohere), so does `lm_head_multiplier` (Falcon-H1); `logits_scaling`
+    divides (Granite), except where it multiplies (HyperCLOVA X); `final_logit_softcapping` caps
+    (Gemma 2), elsewhere called `logits_soft_cap` (RecurrentGemma) or `output_logit_soft_cap` (xLSTM).
+    That this is all is verified on a run's first batch. A LoRA adapter on the head comes along,
+    unless it is switched off.
 
     Raises:
         ModelError: the output embedding is not a plain linear layer, with or without a LoRA adapter.
@@ -85,9 +87,12 @@ def head_of(model: PreTrainedModel) -> Head:
             expected="torch.nn.Linear, with or without a LoRA adapter",
         )
     config = model.config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(layer.weight, layer.bias, scale, float(softcap) if softcap else None, adapter)
+    scale = float(getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0)
+    if divisor := getattr(config, "logits_scaling", None):
+        scale *= float(divisor) if config.model_type == "hyperclovax" else 1.0 / float(divisor)
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    softcap = next((float(cap) for name in caps if (cap := getattr(config, name, None))), None)
+    return Head(layer.weight, layer.bias, scale, softcap, adapter)
 
 
 def _adapter_of(layer: LoraLayer) -> HeadAdapter | None:

@@ -102,8 +102,11 @@ def run_blocks(
             got=type(model).__name__,
             todo="Leave out --checkpoint-activations and --compile-blocks.",
         )
+    # transformers adds an expert's bias (GPT-OSS) in place to the product, which then cannot be kept.
+    biased_experts = any(name.endswith("_proj_bias") for name, _ in model.named_parameters())
+    kept = [op for op in _EXPENSIVE if not (biased_experts and op is torch.ops.aten._grouped_mm.default)]
     for block in blocks:
-        block.forward = _training_forward(block.forward, recompute, compiled, backend)
+        block.forward = _training_forward(block.forward, recompute, kept, compiled, backend)
 
 
 def _blocks(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
@@ -116,12 +119,16 @@ def _blocks(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
 
 
 def _training_forward(
-    plain: Callable[..., Any], recompute: str, compiled: bool, backend: str | Callable[..., Any]
+    plain: Callable[..., Any],
+    recompute: str,
+    kept: list[Any],
+    compiled: bool,
+    backend: str | Callable[..., Any],
 ) -> Callable[..., Any]:
     run = torch.compile(plain, dynamic=True, backend=backend) if compiled else plain
     if recompute == "all":
         run = partial(checkpoint, run, use_reentrant=False)
     elif recompute == "selective":
-        selective = partial(create_selective_checkpoint_contexts, _EXPENSIVE)
+        selective = partial(create_selective_checkpoint_contexts, kept)
         run = partial(checkpoint, run, use_reentrant=False, context_fn=selective)
     return lambda *args, **kwargs: (run if torch.is_grad_enabled() else plain)(*args, **kwargs)

@@ -15,7 +15,8 @@ from prefopt.losses import LossTotal, dpo
 from prefopt.model.adapter import check_targets
 from prefopt.model.kl import ReferenceStates, sequence_kl_sum
 from prefopt.model.load import LoadedModel, load_reference
-from prefopt.model.logprobs import PathChoice, sequence_logprob_sum
+from prefopt.model.logprobs import sequence_logprob_sum
+from prefopt.model.paths import PathChoice
 from prefopt.model.policy import make_policy
 from prefopt.model.reference import ReferenceCache, cache_folder, reference_logprobs
 from prefopt.outcome import Sampler, finish

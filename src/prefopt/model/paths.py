@@ -1,0 +1,116 @@
+"""Which path a model's log-probabilities take: found by inspection, proved on the first batch.
+
+The proof is against transformers' own logits, one sequence at a time: all paths share our head, so
+they would agree with each other about a logit scale that nobody knew of.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from prefopt.data.pack import PackedBatch
+from prefopt.errors import ModelError
+from prefopt.model.attention import UnsharableError, cannot_pack, cannot_share
+from prefopt.model.logprobs import (
+    Path,
+    plain_attention,
+    plain_model,
+    sequence_ids,
+    sequence_logprob_sum,
+    set_attention,
+)
+
+__all__ = ["PathChoice", "choose_path", "transformers_logprob_sum"]
+
+_LAYOUT = {
+    "shared": "prompts shared, no padding",
+    "packed": "several sequences to a row, prompts not shared",
+    "padded": "one padded row per completion",
+}
+
+# Largest difference of a sequence log-probability between the two paths, per scored token (nats).
+# float32: rounding, orders below what any layout mistake makes; bfloat16: 8 bits of mantissa.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+
+
+def transformers_logprob_sum(model: torch.nn.Module, batch: PackedBatch) -> Float[Tensor, " sequences"]:
+    """The plain twin: transformers' own logits, one sequence at a time, no packing, no padding, no tiles."""
+    plain = plain_model(model)
+    set_attention(plain, plain_attention(plain))
+    sums = []
+    for number, ids in enumerate(sequence_ids(batch)):
+        mine = batch.sequence_of_target == number
+        logits = plain(input_ids=ids[None], use_cache=False).logits[0].float()
+        position = batch.position_ids[batch.predictors[mine]]
+        sums.append(torch.log_softmax(logits[position], dim=-1).gather(1, batch.targets[mine, None]).sum())
+    return torch.stack(sums)
+
+
+@dataclass(frozen=True)
+class PathChoice:
+    """Which path a run takes, why, and the largest difference to transformers' own log-probabilities.
+
+    Attributes:
+        max_difference: Of a sequence log-probability on the first batch, nats.
+    """
+
+    path: Path
+    reason: str
+    max_difference: float
+
+    def __str__(self) -> str:
+        return (
+            f"log-probabilities: {self.path} path ({_LAYOUT[self.path]}) - {self.reason}; "
+            f"largest difference to transformers on the first batch {self.max_difference:.1e} nats a sequence"
+        )
+
+
+def choose_path(model: torch.nn.Module, batch: PackedBatch) -> PathChoice:
+    """The first of shared, packed and padded that inspection allows and that agrees with transformers on `batch`.
+
+    Raises:
+        ModelError: no path gives transformers' log-probabilities, so the model does something
+            to its logits that `model.head` does not know.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return _compare(model, batch)
+    finally:
+        model.train(was_training)
+
+
+def _compare(model: torch.nn.Module, batch: PackedBatch) -> PathChoice:
+    truth = transformers_logprob_sum(model, batch)
+    limit = _TOLERANCE[next(plain_model(model).parameters()).dtype] * batch.token_counts.clamp(min=1)
+
+    def off(path: Path) -> tuple[bool, float]:
+        difference = (sequence_logprob_sum(model, batch, path) - truth).abs()
+        return bool((difference <= limit).all()), float(difference.max())  # a NaN is not <= anything
+
+    why: list[str] = []
+    paths: tuple[tuple[Path, str | None], ...] = (
+        ("shared", cannot_share(plain_model(model))),
+        ("packed", cannot_pack(plain_model(model))),
+        ("padded", None),
+    )
+    for path, reason in paths:
+        if reason is None:
+            try:
+                agrees, difference = off(path)
+                if agrees:
+                    return PathChoice(path, "; ".join(why) or "checked against transformers", difference)
+                reason = f"{path} differs from transformers by {difference:.1e} nats"
+            except UnsharableError as error:
+                reason = str(error)
+        if reason not in why:
+            why.append(reason)
+    raise ModelError(
+        "The model's log-probabilities cannot be reproduced.",
+        got=f"a difference of {difference:.2e} nats a sequence to transformers' own logits",
+        expected=f"at most {float(limit.max()):.1e}",
+        todo="Its head or its padding does something unknown; please report the model type.",
+    )
