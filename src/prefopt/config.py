@@ -175,7 +175,8 @@ class TrainConfig(DataConfig):
     lora_alpha: Annotated[int | None, Field(description="LoRA scale; default: the rank.", ge=1)] = None
     lora_dropout: Annotated[float | None, Field(description="LoRA dropout; default: none.", ge=0, lt=1)] = None
     lora_targets: Annotated[
-        tuple[str, ...] | None, Field(description="Module names that get an adapter; default: every linear layer.")
+        tuple[str, ...] | None,
+        Field(description="Module names that get an adapter; default: every linear layer but the head."),
     ] = None
     eval_share: Annotated[float, Field(description="Share of the prompts held out for evaluation.", ge=0, lt=1)] = 0.05
     eval_every: Annotated[

@@ -114,6 +114,7 @@ def test_checkpointed_activations_change_nothing(inputs: Path, tmp_path: Path, w
     [
         (),
         ("--lora-rank", "4", "--lora-dropout", "0.1", "--checkpoint-activations", "selective"),
+        ("--lora-rank", "4", "--lora-dropout", "0.1", "--lora-targets", "q_proj", "lm_head"),
         ("--dtype", "bfloat16"),
     ],
 )
@@ -220,9 +221,11 @@ def test_score_agrees_with_a_run_and_with_itself(inputs: Path, tmp_path: Path) -
     assert accurate > 24
 
 
-def test_lora_merges_into_the_same_scores(inputs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("targets", [(), ("--lora-targets", "lm_head")])
+def test_lora_merges_into_the_same_scores(inputs: Path, tmp_path: Path, targets: tuple[str, ...]) -> None:
     run = tmp_path / "lora"
-    prefopt(*dpo(inputs, run, "--lora-rank", "4", lr="1e-2"), cache=tmp_path)
+    prefopt(*dpo(inputs, run, "--lora-rank", "4", *targets, lr="1e-2"), cache=tmp_path)
+    assert metrics(run)[-1]["kl"] > 1e-4
     prefopt("merge", str(run), "--out", str(tmp_path / "merged"), cache=tmp_path)
     scores = []
     for name, model in (("adapter", run), ("merged", tmp_path / "merged")):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
 
 from prefopt.errors import ConfigError, ModelError
+from prefopt.model.adapter import peft_warnings
 from prefopt.model.load import (
     LoadedModel,
     add_lora,
@@ -229,10 +230,52 @@ def test_an_adapter_without_a_base(folder: Path, adapter: Path, monkeypatch: pyt
     assert "'./gone'" in refused(adapter)
 
 
-def test_adapters_go_on_gpt2_layers_but_not_on_the_head() -> None:
+def test_adapters_go_on_gpt2_layers_and_on_the_head_only_if_named() -> None:
     add_lora(model_of("GPT-2"), rank=2, alpha=2, dropout=0.0, targets=("c_attn",), seed=0)
-    with pytest.raises(ConfigError, match="lm_head"):
-        add_lora(model_of("Llama"), rank=2, alpha=2, dropout=0.0, targets=("lm_head",), seed=0)
+    names = [
+        n for n, _ in add_lora(model_of("Llama"), rank=2, alpha=2, dropout=0.0, targets=None, seed=0).named_modules()
+    ]
+    assert any("q_proj.lora_A" in n for n in names) and not any("lm_head.lora_A" in n for n in names)
+
+
+def on_the_head(loaded: LoadedModel, shift: float) -> PeftModel:
+    model = add_lora(loaded.model, rank=2, alpha=2, dropout=0.0, targets=("q_proj", "lm_head"), seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(shift)
+    return model
+
+
+def test_an_adapter_on_a_tied_head_leaves_the_embedding_alone(folder: Path, tmp_path: Path) -> None:
+    loaded = load_model(str(folder), dtype=torch.float32, device=CPU)
+    embedding = loaded.model.get_input_embeddings().state_dict()["weight"]
+    assert loaded.model.config.tie_word_embeddings
+    model = on_the_head(loaded, 0.2)
+    truth = model(IDS).logits
+    save_model(model, loaded.tokenizer, tmp_path / "adapter")
+    with peft_warnings():
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(plain(IDS).logits, truth)
+    again = load_model(str(tmp_path / "adapter"), dtype=torch.float32, device=CPU)
+    torch.testing.assert_close(again.model(IDS).logits, truth)
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(IDS).logits, truth)
+    for whole in (again.model, merged):
+        torch.testing.assert_close(whole.get_input_embeddings().weight, embedding, rtol=0, atol=0)
+        assert not whole.config.tie_word_embeddings
+
+
+def test_an_adapter_on_the_tied_head_of_a_merged_model_is_saved_merged(adapter: Path, tmp_path: Path) -> None:
+    loaded = load_model(str(adapter), dtype=torch.float32, device=CPU)  # stands in no folder
+    assert loaded.model.config.tie_word_embeddings
+    model = on_the_head(loaded, 0.3)
+    truth = model(IDS).logits
+    save_model(model, loaded.tokenizer, tmp_path / "second")
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "second")(IDS).logits, truth)
+    torch.testing.assert_close(model(IDS).logits, truth, rtol=0, atol=0)
+    assert loaded.model.config.tie_word_embeddings
 
 
 def test_weights_of_another_shape_are_named(folder: Path) -> None:

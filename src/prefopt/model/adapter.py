@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.inspect import inspect_weights, listing, refuse_code
 
-__all__ = ["ADAPTER", "add_lora", "apply_adapter", "check_targets", "explained", "merged_state", "peft_warnings"]
+__all__ = ["ADAPTER", "add_lora", "apply_adapter", "check_targets", "explained", "peft_warnings", "save_merged"]
 
 ADAPTER = "adapter_config.json"
 
@@ -47,9 +47,8 @@ def add_lora(
 
 def check_targets(model: PreTrainedModel, targets: tuple[str, ...] | None) -> None:
     """Raise ConfigError unless every target is a linear layer of `model`; recipes ask before they make a run."""
-    head = model.get_output_embeddings()  # scored by its weight alone: an adapter on it would do nothing
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
-    linear = {name.rsplit(".", 1)[-1] for name, _ in layers}
+    layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    linear = {name.rsplit(".", 1)[-1] for name in layers}
     if targets and (unknown := set(targets) - linear):
         raise ConfigError(
             "The model has no such layer.",
@@ -82,11 +81,23 @@ def apply_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
         peft_warnings(),
     ):
         warnings.filterwarnings("error", message="Found missing adapter keys")
-        return PeftModel.from_pretrained(model, adapter).merge_and_unload()  # type: ignore[no-any-return]
+        adapted = PeftModel.from_pretrained(model, adapter)
+        if _adapts_tied_head(model):
+            # Merging into the head must leave the embedding alone, which has the same weight.
+            head = model.get_output_embeddings().get_base_layer()
+            head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+            model.config.tie_word_embeddings = False
+        return adapted.merge_and_unload()  # type: ignore[no-any-return]
 
 
-def merged_state(plain: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The weights with the adapter added, under their own names; the model itself stays as it is."""
+def _adapts_tied_head(model: PreTrainedModel) -> bool:
+    """Whether an adapter sits on an output head that shares its weight with the embedding."""
+    head = model.get_output_embeddings()
+    return isinstance(head, LoraLayer) and head.get_base_layer().weight is model.get_input_embeddings().weight
+
+
+def save_merged(plain: PreTrainedModel, folder: Path) -> None:
+    """Write the weights with the adapter added, under their own names; the model itself stays as it is."""
     state = {n.replace(".base_layer.", "."): t for n, t in plain.state_dict().items() if ".lora_" not in n}
     with torch.no_grad():
         for name, layer in plain.named_modules():
@@ -95,7 +106,14 @@ def merged_state(plain: PreTrainedModel) -> dict[str, torch.Tensor]:
                 for adapter in layer.active_adapters:
                     own = own + layer.get_delta_weight(adapter).to(own.dtype)
                 state[f"{name}.weight"] = own.cpu()
-    return state
+    if not _adapts_tied_head(plain):
+        plain.save_pretrained(folder, state_dict=state)
+        return
+    plain.config.tie_word_embeddings = False  # in the folder the head has a weight of its own
+    try:
+        plain.save_pretrained(folder, state_dict=state)
+    finally:
+        plain.config.tie_word_embeddings = True
 
 
 @contextmanager
@@ -123,6 +141,8 @@ def peft_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # GPT-2: it then sets it right
+        # An adapter on a tied head: we untie it before anything is merged.
+        warnings.filterwarnings("ignore", message="Model (has|with) `tie_word_embeddings=True`")
         # It looks for the base's configuration on the hub to see whether embeddings were resized.
         warnings.filterwarnings("ignore", message="Could not find a config file")
         yield

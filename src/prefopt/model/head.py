@@ -80,7 +80,8 @@ def head_of(model: PreTrainedModel) -> Head:
     adapter = None
     if isinstance(layer, LoraLayer):
         layer, adapter = layer.get_base_layer(), _adapter_of(layer)
-    if type(layer) is not torch.nn.Linear:
+    # FSDP makes a subclass of every module it shards; what counts is that the forward pass is linear's own.
+    if not isinstance(layer, torch.nn.Linear) or type(layer).forward is not torch.nn.Linear.forward:
         raise ModelError(
             "The model's output head is not a plain linear layer.",
             got=type(layer).__name__,

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
 from prefopt.errors import ModelError
-from prefopt.model.adapter import ADAPTER, add_lora, apply_adapter, explained, merged_state, peft_warnings
+from prefopt.model.adapter import ADAPTER, add_lora, apply_adapter, explained, peft_warnings, save_merged
 from prefopt.model.inspect import inspect_model, listing, refuse_code
 
 __all__ = [
@@ -285,7 +285,10 @@ def save_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folde
                 model.save_pretrained(draft, save_embedding_layers=False)
         else:
             plain.set_attn_implementation("sdpa" if plain._supports_sdpa else "eager")
-            plain.save_pretrained(draft, state_dict=merged_state(plain) if isinstance(model, PeftModel) else None)
+            if isinstance(model, PeftModel):
+                save_merged(plain, draft)
+            else:
+                plain.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         (draft / "README.md").unlink(missing_ok=True)  # peft's empty model card
         if folder.exists():
