@@ -1,6 +1,7 @@
 """Go on with an unfinished run as if nothing had happened."""
 
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 
 from prefopt.config import DPOConfig, SFTConfig
@@ -20,10 +21,14 @@ _RECIPES: dict[str, tuple[type[SFTConfig] | type[DPOConfig], Callable[..., RunFo
 def resume(path: Path) -> RunFolder:
     """Train the rest of the run at `path`, from its last whole checkpoint, to the same numbers.
 
+    Relative names in its configuration are taken from the folder it was started in.
+
     Raises:
-        RunError: no run there, a finished one, or model, tokenizer, template or data have changed.
+        RunError: no run there, a finished one, one that another process works on, or model,
+            tokenizer, template or data have changed.
     """
-    run = RunFolder.open(path)
+    run = RunFolder.open(path.absolute())
+    run.lock()
     if run.finished:
         raise RunError(
             "This run is finished.",
@@ -33,4 +38,7 @@ def resume(path: Path) -> RunFolder:
         )
     kind, train = _RECIPES[run.recipe]
     say(f"resuming {run.recipe} run {path}")
-    return train(kind.model_validate(run.config_dict), run)
+    started_in = Path(run.manifest.get("folder", ""))
+    with chdir(started_in if started_in.is_dir() else Path.cwd()):
+        train(kind.model_validate(run.config_dict), run)
+    return RunFolder(path)

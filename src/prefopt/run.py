@@ -1,11 +1,13 @@
 """A run folder: resolved configuration, manifest, metrics and events, written so that a kill costs nothing."""
 
+import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -108,7 +110,8 @@ class RunFolder:
         try:
             draft.chmod(_allowed(0o777))
             write_atomically(draft / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False).encode())
-            facts = {"recipe": recipe, "created": _now(), **manifest}
+            # Names in the configuration may be relative: to this folder.
+            facts = {"recipe": recipe, "created": _now(), "folder": str(Path.cwd()), **manifest}
             write_atomically(draft / "manifest.json", (json.dumps(facts, indent=2) + "\n").encode())
             if target.exists():
                 target.rmdir()  # empty, as refuse_taken saw
@@ -138,6 +141,27 @@ class RunFolder:
         _check(path / "config.yaml", lambda: run.config_dict, dict)
         _check(path / "manifest.json", lambda: run.manifest["recipe"], str)
         return run
+
+    def lock(self) -> None:
+        """Let no other process train this run until this one ends or forgets the run folder.
+
+        The operating system lets go of the lock however the process ends.
+
+        Raises:
+            RunError: another process holds it.
+        """
+        file = (self.path / ".lock").open("a")  # noqa: SIM115
+        weakref.finalize(self, file.close)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise RunError(
+                "Another process is working on this run.",
+                where=str(self.path),
+                got="a lock on it, held by a running process",
+                expected="one `prefopt` at a time on a run",
+                todo="Wait until that one has ended, or stop it; then `prefopt resume` again.",
+            ) from error
 
     @property
     def config_dict(self) -> dict[str, Any]:

@@ -179,6 +179,7 @@ def begin_run(
         check_manifest(resumed.manifest, made_of)
         return resumed
     run = RunFolder.create(config.out, recipe=recipe, config=config, manifest=made_of)
+    run.lock()
     counts = {**rows.audit.as_json(), "train": len(rows.train), "held_out": len(rows.held_out)}
     (run.path / "audit.json").write_text(json.dumps(counts, indent=2) + "\n")
     run.event("started", step=0, recipe=recipe)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoModelForCausalLM
 
 from prefopt.cli import main
@@ -268,3 +269,34 @@ def test_a_wrong_lora_target_leaves_no_run_behind(inputs: Path, tmp_path: Path) 
     done = prefopt(*arguments, cache=tmp_path, expect=2)
     assert "q_proj" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_with_relative_names_is_resumed_from_anywhere(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(inputs)
+    run = tmp_path / "run"
+    process = start(dpo(Path("."), run, "--epochs", "20"), tmp_path)
+    wait_for_step(run, process, 2)
+    process.terminate()
+    assert process.wait(120) == 143
+    monkeypatch.chdir(tmp_path)
+    done = prefopt("resume", "run", "--json", cache=tmp_path)
+    assert json.loads(done.stdout)["run"] == "run"
+    assert Path.cwd() == tmp_path
+    rows = {row for rows in rows_by_step(run).values() for row in rows}
+    assert len(rows) < 48 and all(row.startswith("pairs.jsonl:") for row in rows)
+
+
+def test_a_sweep_of_betas_runs_the_reference_once(inputs: Path, tmp_path: Path) -> None:
+    """Counted in the model itself: the second and third run make only the passes of training."""
+    passes = []
+    for beta in ("0.1", "0.3", "0.5"):
+        arguments = dpo(inputs, tmp_path / beta, "--max-steps", "2")
+        arguments[arguments.index("--beta") + 1] = beta
+        calls: list[str] = []
+        hook = register_module_forward_hook(lambda module, *_, calls=calls: calls.append(type(module).__name__))
+        prefopt(*arguments, cache=tmp_path)
+        hook.remove()
+        passes.append(calls.count("LlamaModel"))
+    assert passes[0] > passes[1] == passes[2]

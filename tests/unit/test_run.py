@@ -2,6 +2,9 @@
 
 import errno
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -280,3 +283,35 @@ def test_files_have_the_modes_that_the_user_asks_for(tmp_path: Path) -> None:
         os.umask(before)
     assert run.path.stat().st_mode & 0o777 == 0o750
     assert (run.path / "config.yaml").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_run_is_locked_against_other_processes_until_its_owner_ends(tmp_path: Path) -> None:
+    make(tmp_path / "run")
+    code = (
+        "import sys; from pathlib import Path; from prefopt.run import RunFolder\n"
+        "run = RunFolder(Path(sys.argv[1])); run.lock(); print('locked', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"locked\n"
+        with pytest.raises(RunError, match="Another process") as caught:
+            RunFolder.open(tmp_path / "run").lock()
+        assert caught.value.where == str(tmp_path / "run")
+        other.kill()
+        other.wait()
+    run = RunFolder.open(tmp_path / "run")
+    run.lock()
+    run.lock()  # one's own lock is no obstacle
+    assert not run.finished
+
+
+def test_a_file_is_written_whole_from_pieces(tmp_path: Path) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield b"new"
+        raise ValueError
+
+    write_atomically(tmp_path / "f", (b"a", b"b"))
+    assert (tmp_path / "f").read_bytes() == b"ab"
+    with pytest.raises(ValueError):
+        write_atomically(tmp_path / "f", pieces())
+    assert (tmp_path / "f").read_bytes() == b"ab" and os.listdir(tmp_path) == ["f"]

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prefopt.config import DPOConfig
 from prefopt.data.group import CompletionGroup
 from prefopt.data.pack import PackedBatch, pack
+from prefopt.data.store import GroupStore
 from prefopt.errors import DataError, NonFiniteError
 from prefopt.losses import LossTotal, dpo, negative_log_likelihood
 from prefopt.model.kl import ReferenceStates, sequence_kl_sum
@@ -20,7 +21,7 @@ from prefopt.model.policy import make_policy
 from prefopt.model.reference import ReferenceCache, reference_logprobs
 from prefopt.train.optimizer import Masters, learning_rate, make_optimizer
 from prefopt.train.step import train_step
-from tiny import model_of, random_groups
+from tiny import completion, group, model_of, random_groups
 
 GROUPS = random_groups([(4, 3, 5), (2, 6, 1), (7, 2, 2)])
 CPU = torch.device("cpu")
@@ -66,6 +67,58 @@ def test_a_killed_reference_pass_goes_on_where_it_stopped(tmp_path: Path) -> Non
         reference_logprobs(GROUPS, cache, failing, tokens_per_batch=lambda: 12, device=CPU)
     reference_logprobs(GROUPS, cache, rest, tokens_per_batch=lambda: 12, device=CPU)
     assert sum(seen) == 6, "a sequence was scored twice or not at all"
+
+
+def test_each_sequence_is_scored_once_and_those_of_a_prompt_together(tmp_path: Path) -> None:
+    """Three pairs made of three completions of one prompt, and a pair that stands twice."""
+    a, b, c, other = completion(5, 6), completion(7, 8, 9), completion(4), completion(6, 6)
+    pairs = [
+        group([1, 2, 3], a, b),
+        group([8], a, other),
+        group([1, 2, 3], a, c),
+        group([1, 2, 3], c, b),
+        group([8], a, other),
+    ]
+    model, slots = model_of("Llama"), list[int]()
+
+    def score(batch: PackedBatch) -> torch.Tensor:
+        slots.append(len(batch.input_ids))
+        return sequence_logprob_sum(model, batch, "shared")
+
+    store = GroupStore.write(pairs)
+    found = reference_logprobs(store, ReferenceCache(tmp_path, "w"), lambda: score, tokens_per_batch=100)
+    # 3 + 2 + 3 + 1 tokens of the first prompt, 1 + 2 + 2 of the second; the five pairs have 8 + 5 + 6 + 7 + 5.
+    assert slots == [14]
+    with torch.no_grad():
+        live = torch.stack([sequence_logprob_sum(model, pack([pair]), "shared") for pair in pairs])
+    torch.testing.assert_close(found, live, atol=1e-5, rtol=1e-6)
+    small = reference_logprobs(store, ReferenceCache(tmp_path, "v"), lambda: score, tokens_per_batch=8)
+    assert max(slots[1:]) <= 8 and sum(slots[1:]) == 8 + 4 + 5  # the third completion brings its prompt again
+    torch.testing.assert_close(small, found, atol=1e-5, rtol=1e-6)
+
+
+def test_groups_of_several_sizes_share_a_table(tmp_path: Path) -> None:
+    groups = random_groups([(3, 2), (2, 4, 1, 3), (5, 2, 2)])
+    model = model_of("Llama")
+    cache = ReferenceCache(tmp_path, "w")
+    table = reference_logprobs(
+        groups, cache, lambda: lambda batch: sequence_logprob_sum(model, batch, "shared"), tokens_per_batch=64
+    )
+    assert table.isnan().tolist() == [[False, True, True], [False] * 3, [False, False, True]]
+    assert table.dtype == torch.float32
+
+
+def test_what_is_not_finite_is_named_by_its_row(tmp_path: Path) -> None:
+    def score(batch: PackedBatch) -> torch.Tensor:
+        sums = torch.zeros(batch.sequences)
+        sums[-1] = math.nan
+        return sums
+
+    shortest = min(GROUPS, key=lambda g: g.tokens)  # batches go from long to short
+    with pytest.raises(DataError, match="no finite") as caught:
+        reference_logprobs(GROUPS, ReferenceCache(tmp_path, "w"), lambda: score, tokens_per_batch=100)
+    assert caught.value.where == str(shortest.source)
+    assert ReferenceCache(tmp_path, "w").get([g.sequence_key(0) for g in GROUPS]) == {}
 
 
 def test_a_damaged_cache_is_named(tmp_path: Path) -> None:

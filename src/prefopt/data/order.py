@@ -35,7 +35,7 @@ def split_by_prompt(groups: Sequence[CompletionGroup], share: float, seed: int) 
     rank = np.fromiter(ranks, dtype="S16", count=len(groups))
     ranked = np.unique(rank)
     wanted = max(1, round(share * len(ranked))) if len(ranked) > 1 else 0
-    held = np.isin(rank, ranked[:wanted])
+    held = rank <= ranked[wanted - 1] if wanted else np.zeros(len(rank), dtype=bool)
     return Split(np.flatnonzero(~held), np.flatnonzero(held))
 
 

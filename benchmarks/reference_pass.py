@@ -1,0 +1,283 @@
+"""Scoring a data set under the reference: prefopt, plain padded code, TRL's precomputation, on the same rows.
+
+    .venv/bin/pip install -c constraints.txt -e '.[bench]'
+    .venv/bin/python benchmarks/reference_pass.py
+    .venv/bin/python benchmarks/reference_pass.py --device cuda --shape 1.5B --pairs 2000 --tokens-per-batch 32768 \
+        --padded-batch 32
+
+Every contestant runs in a process of its own on the same rows and weights, after a warm-up on the
+first pairs, and scores the rows five times (`--repeats`); the median counts. `prefopt` is the pass
+as `prefopt dpo` runs it, tokens from disk and values into the cache included; `prefopt again` finds
+all of them there, as another beta, loss or seed does. The plain code scores both sequences of a pair
+whole, padded to the longest of its batch, with full logits: in the order of arrival, and sorted by
+length. Tokens are counted alike for everybody, a pair's prompt twice. `mean` is the mean
+log-probability of a completion: the rates compare only where it agrees.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from datetime import date
+from importlib.metadata import version
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+CONTESTANTS = ("prefopt", "prefopt again", "padded", "padded, sorted", "trl")
+EOS = 1
+# hidden, layers, heads, key-value heads, intermediate, vocabulary
+SHAPES = {
+    "tiny": (288, 6, 6, 6, 768, 32_000),
+    "135M": (576, 30, 9, 3, 1536, 49_152),
+    "0.5B": (896, 24, 14, 2, 4864, 151_936),
+    "1.5B": (1536, 28, 12, 2, 8960, 151_936),
+    "7B": (4096, 32, 32, 8, 14_336, 32_000),
+}
+Pair = tuple[list[int], list[int], list[int]]
+
+
+def rows(mix: str, pairs: int, vocabulary: int) -> list[Pair]:
+    """Log-normal lengths (sigma 0.6) around the mix's means; completions end in EOS."""
+    rng = np.random.default_rng(0)
+    prompt, chosen, rejected = (int(n) for n in mix.split("/"))
+
+    def ids(mean: int) -> list[int]:
+        length = max(2, round(mean * float(rng.lognormal(-0.18, 0.6))))
+        return [int(i) for i in rng.integers(10, vocabulary, length)]
+
+    return [(ids(prompt), [*ids(chosen), EOS], [*ids(rejected), EOS]) for _ in range(pairs)]
+
+
+def model(shape: str, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
+    """Llama-shaped with the same random weights for everybody."""
+    hidden, layers, heads, kv_heads, intermediate, vocabulary = SHAPES[shape]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=8192,
+        bos_token_id=EOS,
+        eos_token_id=EOS,
+        pad_token_id=0,
+    )
+    with device:
+        made: LlamaForCausalLM = LlamaForCausalLM(config).to(dtype).eval()  # type: ignore[arg-type]
+    return made
+
+
+def prefopt(pairs: list[Pair], args: argparse.Namespace, *, again: bool) -> Callable[[], float]:
+    """The pass over a token store with an empty cache, or with a full one."""
+    from prefopt.data.group import Completion, CompletionGroup
+    from prefopt.data.pack import PackedBatch
+    from prefopt.data.store import GroupStore
+    from prefopt.model.logprobs import sequence_logprob_sum
+    from prefopt.model.reference import ReferenceCache, reference_logprobs
+    from prefopt.records import Source
+
+    def side(ids: list[int]) -> Completion:
+        return Completion(np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=bool))
+
+    store = GroupStore.write(
+        CompletionGroup(np.array(p, dtype=np.int32), (side(c), side(r)), Source("rows", i))
+        for i, (p, c, r) in enumerate(pairs)
+    )
+    device = torch.device(args.device)
+    reference = model(args.shape, getattr(torch, args.dtype), device)
+
+    def score(batch: PackedBatch) -> torch.Tensor:
+        return sequence_logprob_sum(reference, batch.to(device), "shared")
+
+    folder = tempfile.TemporaryDirectory()
+    runs = 0
+
+    def run() -> float:
+        nonlocal runs
+        runs += 1
+        cache = ReferenceCache(Path(folder.name), "again" if again else f"run {runs}")
+        with redirect_stderr(StringIO()):
+            values = reference_logprobs(store, cache, lambda: score, tokens_per_batch=args.tokens_per_batch)
+        return float(values.double().mean())
+
+    return run
+
+
+def padded(pairs: list[Pair], args: argparse.Namespace, *, by_length: bool) -> Callable[[], float]:
+    """Chosen rows, then rejected rows, padded to the longest of the batch; full logits."""
+    device = torch.device(args.device)
+    reference = model(args.shape, getattr(torch, args.dtype), device)
+    if by_length:
+        pairs = sorted(pairs, key=lambda pair: -len(pair[0]) - max(len(pair[1]), len(pair[2])))
+
+    @torch.no_grad()
+    def logprobs(part: Sequence[Pair]) -> torch.Tensor:
+        sequences = [(p, c) for p, c, _ in part] + [(p, r) for p, _, r in part]
+        longest = max(len(p) + len(c) for p, c in sequences)
+        ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+        mask, scored = torch.zeros_like(ids), torch.zeros_like(ids)
+        for i, (p, c) in enumerate(sequences):
+            ids[i, : len(p) + len(c)] = torch.tensor(p + c)
+            mask[i, : len(p) + len(c)] = 1
+            scored[i, len(p) : len(p) + len(c)] = 1
+        ids, mask, scored = ids.to(device), mask.to(device), scored.to(device)
+        logits = reference(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+        picked = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        total: torch.Tensor = (picked * scored[:, 1:]).sum(1)
+        return total
+
+    def run() -> float:
+        starts = range(0, len(pairs), args.padded_batch)
+        return float(torch.cat([logprobs(pairs[s : s + args.padded_batch]) for s in starts]).double().mean())
+
+    return run
+
+
+def trl(pairs: list[Pair], args: argparse.Namespace) -> Callable[[], float]:
+    """`precompute_ref_log_probs=True`, timed within the trainer's construction, tokenising left out."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from trl import DPOConfig, DPOTrainer
+
+    vocabulary = SHAPES[args.shape][-1]
+    words = {f"t{i:06}": i for i in range(vocabulary)}  # of one width, so that no word is part of another
+    raw = Tokenizer(models.WordLevel(words, unk_token="t000000"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=f"t{EOS:06}", pad_token="t000000")
+
+    def text(ids: list[int]) -> str:
+        return " ".join(f"t{i:06}" for i in ids)
+
+    data = Dataset.from_list([{"prompt": text(p) + " ", "chosen": text(c), "rejected": text(r)} for p, c, r in pairs])
+
+    trainer_class: Any = DPOTrainer
+    precompute = trainer_class._precompute_ref_logps
+
+    class Late(trainer_class):  # type: ignore[misc]
+        """Keeps the precomputation for when it is asked for."""
+
+        def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+            self.later = (dataset, name, batch_size)
+            return dataset
+
+    folder = tempfile.TemporaryDirectory()
+    config = DPOConfig(
+        output_dir=folder.name,
+        beta=0.1,
+        per_device_train_batch_size=args.padded_batch,
+        precompute_ref_log_probs=True,
+        gradient_checkpointing=False,
+        max_length=None,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=args.device == "cpu",
+        bf16=args.dtype == "bfloat16",
+    )
+    reference = model(args.shape, getattr(torch, args.dtype), torch.device(args.device))
+    trainer = Late(reference, None, args=config, train_dataset=data, processing_class=tokenizer)
+
+    def run() -> float:
+        dataset, name, batch = trainer.later
+        trainer._precompute_model_hash = str(time.perf_counter_ns())  # its cache file is for another model then
+        scored = precompute(trainer, dataset, name, batch)
+        return float(np.mean([scored["ref_chosen_logps"], scored["ref_rejected_logps"]]))
+
+    return run
+
+
+def contest(args: argparse.Namespace) -> dict[str, Any]:
+    """Run one contestant in this process."""
+    pairs = rows(args.mix[0], args.pairs, SHAPES[args.shape][-1])
+    made: Callable[[list[Pair]], Callable[[], float]] = {
+        "prefopt": lambda p: prefopt(p, args, again=False),
+        "prefopt again": lambda p: prefopt(p, args, again=True),
+        "padded": lambda p: padded(p, args, by_length=False),
+        "padded, sorted": lambda p: padded(p, args, by_length=True),
+        "trl": lambda p: trl(p, args),
+    }[args.contestant]
+    made(pairs[: args.padded_batch])()
+    run = made(pairs)
+    if args.contestant == "prefopt again":
+        run()
+    seconds, mean = [], 0.0
+    for _ in range(args.repeats):
+        began = time.perf_counter()
+        mean = run()
+        seconds.append(time.perf_counter() - began)
+    on_gpu = args.device == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": seconds, "mean": mean, "peak_gb": peak / 1e9}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mix", nargs="+", default=["180/330/270"], help="prompt/chosen/rejected means")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="tiny")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on CUDA, else float32")
+    parser.add_argument("--pairs", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens-per-batch", type=int, default=8192, help="prefopt's budget")
+    parser.add_argument("--padded-batch", type=int, default=4, help="pairs in a batch of the others")
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument("--json", type=Path, help="also write every figure here")
+    parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    if args.contestant:
+        print(json.dumps(contest(args)))
+        return
+    where = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
+    print(
+        f"{date.today()}, {where}, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers "
+        f"{version('transformers')}, {args.shape}, {args.dtype}, {args.pairs} pairs, budget "
+        f"{args.tokens_per_batch:,} tokens, padded batches of {args.padded_batch} pairs\n"
+    )
+    everything = {mix: table(mix, args) for mix in args.mix}
+    if args.json:
+        args.json.write_text(json.dumps(everything, indent=2) + "\n")
+
+
+def table(mix: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One length mix, one line a contestant."""
+    tokens = sum(2 * len(p) + len(c) + len(r) for p, c, r in rows(mix, args.pairs, SHAPES[args.shape][-1]))
+    results: dict[str, Any] = {}
+    print(f"| {mix} | seconds | pairs/s | tokens/s | prefopt is | spread | peak GB | mean |")
+    print("|---|---|---|---|---|---|---|---|")
+    options = ("device", "shape", "dtype", "pairs", "repeats", "tokens_per_batch", "padded_batch")
+    for who in args.only:
+        command = [sys.executable, __file__, "--contestant", who, "--mix", mix]
+        command += [part for name in options for part in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            print(f"| {who} | failed: {done.stderr.strip().splitlines()[-1]} |", flush=True)
+            continue
+        r = results[who] = json.loads(done.stdout.strip().splitlines()[-1])
+        took = r["median"] = statistics.median(r["seconds"])
+        ours = results.get("prefopt", r)["median"]
+        print(
+            f"| {who} | {took:.3f} | {args.pairs / took:.1f} | {tokens / took:,.0f} | {took / ours:.2f}x as fast "
+            f"| {(max(r['seconds']) - min(r['seconds'])) / took:.0%} | {r['peak_gb']:.2f} | {r['mean']:.4f} |",
+            flush=True,
+        )
+    print()
+    return results
+
+
+if __name__ == "__main__":
+    main()
