@@ -78,13 +78,11 @@ def test_left_as_it_was_when_interrupted(loaded: LoadedModel) -> None:
     loaded.model.set_attn_implementation(SEGMENTS)
     loaded.model.train()
 
-    def stop(_: int) -> None:
+    def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sample(
-            loaded.model, [ids(5)], max_new_tokens=1, temperature=1.0, stop_ids=frozenset(), seed=0, on_progress=stop
-        )
+        sample(loaded.model, [ids(5)], max_new_tokens=1, temperature=1.0, stop_ids=frozenset(), seed=0, on_prompt=stop)
     assert loaded.model.training and loaded.model.config._attn_implementation == SEGMENTS
 
 

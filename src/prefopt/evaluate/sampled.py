@@ -82,7 +82,7 @@ def draw(
             temperature=1.0,
             stop_ids=renderer.stop_ids,
             seed=seed,
-            on_progress=bar.advance,
+            on_prompt=lambda *_: bar.advance(),
         )
     return [drawn[start : start + completions] for start in range(0, len(drawn), completions)]
 

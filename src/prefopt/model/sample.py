@@ -1,28 +1,36 @@
-"""Completions from a local model, through transformers' own generation."""
+"""Completions from a local model: ids in, ids out.
+
+Models that plug in an attention are decoded by `engine`; the others by transformers' `generate`.
+Both draw with `choose`, so that they give the same samples.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from jaxtyping import Int32
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from prefopt.errors import ConfigError
+from prefopt.errors import ConfigError, ModelError, NonFiniteError
+from prefopt.model.attention import UnsharableError, cannot_share
+from prefopt.model.choose import Request, Sampled
+from prefopt.model.decode import DECODE
+from prefopt.model.engine import Engine
+from prefopt.model.generate import attention, generate
 from prefopt.model.load import max_positions
 from prefopt.model.logprobs import plain_attention, plain_model
+from prefopt.progress import say
 
-__all__ = ["Sampled", "own_distribution", "sample"]
+__all__ = ["Sampled", "sample"]
 
+# Mean difference of a token's log-probability to transformers' own (nats); see `model.logprobs`.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_CHECK_PROMPT, _CHECK_TOKENS = 32, 4
 
-@dataclass(frozen=True)
-class Sampled:
-    """One completion: its ids without the prompt, the stop token included if it was reached."""
-
-    prompt_index: int
-    ids: Int32[np.ndarray, " tokens"]
-    finished: bool
+# Why a model is left to transformers, or None; found out when it is first sampled from.
+_left_to_transformers: WeakKeyDictionary[PreTrainedModel, str | None] = WeakKeyDictionary()
 
 
 def sample(
@@ -35,120 +43,112 @@ def sample(
     top_p: float = 1.0,
     stop_ids: frozenset[int],
     seed: int,
-    batch_tokens: int = 16384,
-    on_progress: Callable[[int], None] = lambda _: None,
+    batch_tokens: int = 32768,
+    on_prompt: Callable[[int, list[Sampled]], None] = lambda *_: None,
 ) -> list[Sampled]:
     """`completions` samples of each prompt, in prompt order.
 
     They come from the model's own distribution: top_k, penalties and other defaults of the model's
-    generation configuration are not applied. Prompts of similar length share a batch; the seed
-    reproduces the samples for the same prompts and `batch_tokens`, not across batch sizes. Where the
-    model's positions end first, a completion ends there, unfinished.
+    generation configuration are not applied. A sample depends on the seed, the prompt and its number, and
+    its own number; not on the other prompts or `batch_tokens`, beyond the rounding of probabilities.
+    Where the model's positions end first, a completion ends there, unfinished.
 
     Args:
         temperature: 0 decodes greedily; every completion of a prompt is then the same.
-        on_progress: Is told how many prompts have just been completed.
+        top_p: Below 1, only tokens of the nucleus are drawn (see `model.choose`).
+        batch_tokens: Bound of the tokens held in caches at once, a prompt's once for all its samples.
+        on_prompt: Is given each prompt's number and samples when the last of them has ended.
+
+    Raises:
+        ConfigError: a prompt is empty or leaves no room for a completion.
+        NonFiniteError: the model's probabilities are NaN.
     """
-    plain = plain_model(model)
     if not prompts:
         return []
-    limit = max_positions(plain.config)
-    longest = max(len(p) for p in prompts)
-    if limit is not None and longest >= limit:
+    plain = plain_model(model)
+    # Greedily all samples of a prompt are the same one.
+    draws = completions if temperature > 0 else 1
+    room = _room(prompts, max_new_tokens, max_positions(plain.config))
+    request = Request(prompts, room, draws, temperature, top_p, stop_ids, seed, batch_tokens)
+    drawn: list[list[Sampled]] = [[] for _ in prompts]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for one in _run(plain, request):
+                if not np.isfinite(one.logprobs).all():
+                    raise NonFiniteError(
+                        "The model's probabilities are not finite, so nothing can be drawn from it.",
+                        where=f"prompt {one.prompt_index + 1}, token {int(np.isfinite(one.logprobs).argmin()) + 1}",
+                        todo="Its weights are damaged, or training has diverged.",
+                    )
+                mine = drawn[one.prompt_index]
+                mine.append(one)
+                if len(mine) == draws:
+                    repeats = range(completions // draws)
+                    ordered = sorted(mine, key=lambda s: s.sample_index)
+                    drawn[one.prompt_index] = [
+                        replace(s, sample_index=s.sample_index + n) for n in repeats for s in ordered
+                    ]
+                    on_prompt(one.prompt_index, drawn[one.prompt_index])
+    finally:
+        model.train(was_training)
+    return [one for mine in drawn for one in mine]
+
+
+def _room(prompts: Sequence[Int32[np.ndarray, " _"]], wanted: int, limit: int | None) -> tuple[int, ...]:
+    """Longest completion of each prompt within the model's positions."""
+    lengths = [len(p) for p in prompts]
+    if limit is not None and max(lengths) >= limit:
         raise ConfigError(
             "A prompt leaves no room for a completion.",
             where="prompt",
-            got=f"{longest} tokens",
+            got=f"{max(lengths)} tokens",
             expected=f"fewer than the model's {limit} positions",
             todo="Shorten the prompt.",
         )
-    room = {i: min(max_new_tokens, (limit or max_new_tokens + len(p)) - len(p)) for i, p in enumerate(prompts)}
-    draws = completions if temperature > 0 else 1
-    device = next(plain.parameters()).device
-    was_training = model.training
-    model.eval()
-    drawn: dict[int, list[Sampled]] = {}
-    try:
-        with own_distribution(plain), _own_seed(seed, device), torch.no_grad():
-            for batch in _batches(prompts, room, draws, batch_tokens):
-                config = _generation(temperature, top_p, room[batch[0]], stop_ids, draws)
-                for one in _generate(plain, prompts, batch, config, stop_ids):
-                    drawn.setdefault(one.prompt_index, []).append(one)
-                on_progress(len(batch))
-    finally:
-        model.train(was_training)
-    return [one for number in range(len(prompts)) for one in drawn[number] * (completions // draws)]
+    if not min(lengths):
+        raise ConfigError("A prompt is empty.", where=f"prompt {lengths.index(0) + 1}", expected="at least one token")
+    return tuple(wanted if limit is None else min(wanted, limit - length) for length in lengths)
 
 
-@contextmanager
-def own_distribution(model: PreTrainedModel) -> Iterator[None]:
-    """`generate` follows the configuration it is given and nothing else, with transformers' own attention.
-
-    It fills what that configuration leaves open from the model's: penalties, beams, banned tokens.
-    """
-    attention, defaults = model.config._attn_implementation, model.generation_config
-    try:
-        model.generation_config = GenerationConfig()
-        model.set_attn_implementation(plain_attention(model))
-        yield
-    finally:
-        model.generation_config = defaults
-        if attention is not None:
-            model.set_attn_implementation(attention)
+def _run(model: PreTrainedModel, request: Request) -> Iterator[Sampled]:
+    if model not in _left_to_transformers:
+        reason = _left_to_transformers[model] = _why_not(model, request)
+        if reason is not None:
+            say(f"sampling by transformers' generate - {reason}")
+    if _left_to_transformers[model] is None:
+        with attention(model, DECODE):
+            yield from Engine(model, request).run()
+    else:
+        yield from generate(model, request)
 
 
-@contextmanager
-def _own_seed(seed: int, device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-def _batches(
-    prompts: Sequence[Int32[np.ndarray, " _"]], room: dict[int, int], draws: int, batch_tokens: int
-) -> Iterator[list[int]]:
-    """Prompt numbers in batches of similar length and the same room for new tokens."""
-    batch: list[int] = []
-    for number in sorted(room, key=lambda i: len(prompts[i])):
-        tokens = (len(batch) + 1) * draws * (len(prompts[number]) + room[number])
-        if batch and (tokens > batch_tokens or room[number] != room[batch[0]]):
-            yield batch
-            batch = []
-        batch.append(number)
-    yield batch
-
-
-def _generation(temperature: float, top_p: float, room: int, stop_ids: frozenset[int], draws: int) -> GenerationConfig:
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    return GenerationConfig(
-        max_new_tokens=room,
-        num_return_sequences=draws,
-        eos_token_id=sorted(stop_ids) or None,
-        pad_token_id=0,  # masked on the left, cut off on the right: its value is never seen
-        **(sampling if temperature > 0 else {"do_sample": False}),
+def _why_not(model: PreTrainedModel, request: Request) -> str | None:
+    """Why `model` cannot be decoded by `engine`: by inspection, then by decoding a little and comparing."""
+    reason = cannot_share(model)
+    if reason is not None:
+        return reason
+    prompt = request.prompts[0][:_CHECK_PROMPT]
+    room = min(_CHECK_TOKENS, request.room[0])
+    check = replace(
+        request, prompts=[prompt], room=(room,), samples=2, temperature=1.0, top_p=1.0, stop_ids=frozenset()
     )
-
-
-def _generate(
-    model: PreTrainedModel,
-    prompts: Sequence[Int32[np.ndarray, " _"]],
-    batch: list[int],
-    config: GenerationConfig,
-    stop_ids: frozenset[int],
-) -> Iterator[Sampled]:
-    longest = max(len(prompts[i]) for i in batch)
-    ids = torch.zeros(len(batch), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, number in enumerate(batch):
-        ids[row, longest - len(prompts[number]) :] = torch.from_numpy(prompts[number].astype(np.int64))
-        mask[row, longest - len(prompts[number]) :] = 1
-    device = next(model.parameters()).device
-    out = model.generate(  # type: ignore[operator]
-        ids.to(device), attention_mask=mask.to(device), generation_config=config
-    )
-    repeats = len(out) // len(batch)
-    for row, full in enumerate(out.cpu().numpy().astype(np.int32)):
-        new = full[longest:]
-        stops = np.flatnonzero(np.isin(new, sorted(stop_ids)))
-        finished = len(stops) > 0
-        yield Sampled(batch[row // repeats], new[: stops[0] + 1] if finished else new, finished)
+    try:
+        with attention(model, DECODE):
+            drawn = list(Engine(model, check).run())
+    except UnsharableError as error:
+        return f"its layers need {error}"
+    except ModelError as error:
+        return error.what
+    differences = []
+    with attention(model, plain_attention(model)):
+        for one in drawn:
+            ids = torch.from_numpy(np.concatenate([prompt, one.ids]).astype(np.int64))[None].to(model.device)
+            logprobs = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+            truth = logprobs.gather(1, ids[0, len(prompt) :, None])[:, 0].cpu().numpy()
+            differences.append(np.abs(one.logprobs - truth).mean())
+    difference = float(np.mean(differences))
+    if difference <= _TOLERANCE[model.dtype]:  # a NaN is not
+        return None
+    return f"our own decoding differs from transformers by {difference:.1e} nats a token"

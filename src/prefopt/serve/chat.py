@@ -13,8 +13,8 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 
 from prefopt.data.tokenize import Renderer
 from prefopt.errors import ConfigError, DataError
+from prefopt.model.generate import own_distribution
 from prefopt.model.load import LoadedModel, eos_ids, load_model, max_positions
-from prefopt.model.sample import own_distribution
 from prefopt.progress import say
 from prefopt.records import Message
 
