@@ -101,7 +101,7 @@ def prefopt(pairs: list[Pair], args: argparse.Namespace, *, again: bool) -> Call
     reference = model(args.shape, getattr(torch, args.dtype), device)
 
     def score(batch: PackedBatch) -> torch.Tensor:
-        return sequence_logprob_sum(reference, batch.to(device), "shared")
+        return sequence_logprob_sum(reference, batch, "shared")
 
     folder = tempfile.TemporaryDirectory()
     runs = 0
@@ -111,7 +111,9 @@ def prefopt(pairs: list[Pair], args: argparse.Namespace, *, again: bool) -> Call
         runs += 1
         cache = ReferenceCache(Path(folder.name), "again" if again else f"run {runs}")
         with redirect_stderr(StringIO()):
-            values = reference_logprobs(store, cache, lambda: score, tokens_per_batch=args.tokens_per_batch)
+            values = reference_logprobs(
+                store, cache, score, tokens_per_batch=lambda: args.tokens_per_batch, device=device
+            )
         return float(values.double().mean())
 
     return run

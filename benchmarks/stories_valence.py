@@ -57,7 +57,7 @@ def one_seed(data: Path, out: Path, seed: int, beta: float, lr: float) -> Compar
     prompts = openings(stories)
     loaded = load_model(str(base.path), dtype=torch.float32, device=torch.device("cpu"))
     drawn = draw(loaded, prompts[:TRAIN], 4, max_new_tokens=NEW_TOKENS, seed=seed, label="sampling")
-    rows, tied = pairs_from_samples(loaded, prompts[:TRAIN], drawn, reward)
+    rows, tied = pairs_from_samples(prompts[:TRAIN], drawn, reward)
     print(f"seed {seed}: {len(rows)} pairs, {tied} openings tied")
     write_atomically(pairs, "".join(json.dumps(row) + "\n" for row in rows).encode())
     aligned = dpo.train(

@@ -5,6 +5,7 @@
     ├── DataError (ValueError)          a file or its rows cannot be used
     ├── ModelError (ValueError)         a model folder cannot be used
     ├── RunError (RuntimeError)         a run folder is taken, damaged or does not match
+    ├── EndpointError (RuntimeError)    a server refuses, fails, or answers in another form
     └── NonFiniteError (ArithmeticError) a loss or gradient is NaN or infinite
 
 Every one of them is the user's to mend: the command line prints the message alone and leaves with
@@ -14,6 +15,7 @@ exit code 2. Anything else that escapes is a bug and keeps its traceback.
 __all__ = [
     "ConfigError",
     "DataError",
+    "EndpointError",
     "ModelError",
     "NonFiniteError",
     "PrefoptError",
@@ -74,6 +76,10 @@ class ModelError(PrefoptError, ValueError):
 
 class RunError(PrefoptError, RuntimeError):
     """A run folder is taken, damaged, or does not belong to what is asked of it."""
+
+
+class EndpointError(PrefoptError, RuntimeError):
+    """A server that completes prompts refuses, fails, cannot be reached, or answers in another form."""
 
 
 class NonFiniteError(PrefoptError, ArithmeticError):

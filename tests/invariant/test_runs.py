@@ -276,7 +276,7 @@ def test_a_run_with_relative_names_is_resumed_from_anywhere(
 ) -> None:
     monkeypatch.chdir(inputs)
     run = tmp_path / "run"
-    process = start(dpo(Path("."), run, "--epochs", "20"), tmp_path)
+    process = start(dpo(Path("."), run, "--epochs", "4"), tmp_path)
     wait_for_step(run, process, 2)
     process.terminate()
     assert process.wait(120) == 143

@@ -2,6 +2,7 @@
 
 import io
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,9 @@ from prefopt.evaluate.sampled import Estimate, compare, draw, pairs_from_samples
 from prefopt.model.load import LoadedModel, load_model
 from prefopt.model.sample import sample
 from prefopt.quickstart import story
+from prefopt.records import Content, Message
+from prefopt.sampling.completions import Completed, Settings
+from prefopt.sampling.local import LocalModel
 from prefopt.serve.chat import chat
 from tiny import save_tiny_model
 
@@ -65,7 +69,7 @@ def test_greedy_decoding_by_hand_order_and_stops(loaded: LoadedModel) -> None:
 def test_pairs_are_best_against_worst_and_ties_are_counted(loaded: LoadedModel) -> None:
     prompts = ["How is x?", "What is y?"]
     drawn = draw(loaded, prompts, 3, max_new_tokens=5, seed=0, label="drawing")
-    rows, tied = pairs_from_samples(loaded, prompts, drawn, lambda text: float(len(text)) if "How" in text else 1.0)
+    rows, tied = pairs_from_samples(prompts, drawn, lambda text: float(len(text)) if "How" in text else 1.0)
     assert tied == 1 or len({len(s.ids) for s in drawn[0]}) == 1
     for row in rows:
         assert row["prompt"] == "How is x?" and len(row["chosen"]) > len(row["rejected"])
@@ -83,6 +87,29 @@ def test_a_model_against_itself_gains_nothing_and_pays_no_kl(folder: Path) -> No
     )
     assert result.gain.mean == 0 and result.kl.mean == pytest.approx(0, abs=1e-6)
     assert result.win_rate.mean == 0.5
+
+
+def test_a_local_model_completes_texts_and_conversations(loaded: LoadedModel) -> None:
+    model = LocalModel.of(loaded)
+    prompts: list[Content] = ["How is x?", (Message("user", "Who?"),)]
+    handed: dict[int, Sequence[Completed]] = {}
+    found = model.complete(prompts, 3, Settings(9, temperature=0.8, seed=4), on_prompt=handed.__setitem__)
+    assert handed == dict(enumerate(found)) and [len(mine) for mine in found] == [3, 3]
+    for one in (one for mine in found for one in mine):
+        ended = one.ids[-1] in model.renderer.stop_ids
+        assert one.text == model.renderer.decode(one.ids) and one.finish == ("stop" if ended else "length")
+        assert one.tokens == len(one.ids) == len(one.logprobs) == (len(one.text) + ended)
+
+
+def test_a_stop_text_ends_a_completion_and_is_not_part_of_it(loaded: LoadedModel) -> None:
+    model = LocalModel.of(loaded)
+    (whole,) = model.complete(["How is x?"], 1, Settings(20, seed=1))[0]
+    assert len(whole.text) > 6
+    mark = whole.text[4:6]  # a letter a token
+    at = whole.text.find(mark)
+    (cut,) = model.complete(["How is x?"], 1, Settings(20, seed=1, stop=("@", mark)))[0]
+    assert (cut.text, cut.finish, cut.tokens) == (whole.text[:at], "stop", at + 2)
+    assert cut.ids.tolist() == whole.ids[: at + 2].tolist() and len(cut.logprobs) == at + 2
 
 
 def test_intervals_resample_prompts() -> None:

@@ -86,13 +86,13 @@ def test_each_sequence_is_scored_once_and_those_of_a_prompt_together(tmp_path: P
         return sequence_logprob_sum(model, batch, "shared")
 
     store = GroupStore.write(pairs)
-    found = reference_logprobs(store, ReferenceCache(tmp_path, "w"), lambda: score, tokens_per_batch=100)
+    found = reference_logprobs(store, ReferenceCache(tmp_path, "w"), score, tokens_per_batch=lambda: 100, device=CPU)
     # 3 + 2 + 3 + 1 tokens of the first prompt, 1 + 2 + 2 of the second; the five pairs have 8 + 5 + 6 + 7 + 5.
     assert slots == [14]
     with torch.no_grad():
         live = torch.stack([sequence_logprob_sum(model, pack([pair]), "shared") for pair in pairs])
     torch.testing.assert_close(found, live, atol=1e-5, rtol=1e-6)
-    small = reference_logprobs(store, ReferenceCache(tmp_path, "v"), lambda: score, tokens_per_batch=8)
+    small = reference_logprobs(store, ReferenceCache(tmp_path, "v"), score, tokens_per_batch=lambda: 8, device=CPU)
     assert max(slots[1:]) <= 8 and sum(slots[1:]) == 8 + 4 + 5  # the third completion brings its prompt again
     torch.testing.assert_close(small, found, atol=1e-5, rtol=1e-6)
 
@@ -102,7 +102,11 @@ def test_groups_of_several_sizes_share_a_table(tmp_path: Path) -> None:
     model = model_of("Llama")
     cache = ReferenceCache(tmp_path, "w")
     table = reference_logprobs(
-        groups, cache, lambda: lambda batch: sequence_logprob_sum(model, batch, "shared"), tokens_per_batch=64
+        groups,
+        cache,
+        lambda batch: sequence_logprob_sum(model, batch, "shared"),
+        tokens_per_batch=lambda: 64,
+        device=CPU,
     )
     assert table.isnan().tolist() == [[False, True, True], [False] * 3, [False, False, True]]
     assert table.dtype == torch.float32
@@ -116,7 +120,7 @@ def test_what_is_not_finite_is_named_by_its_row(tmp_path: Path) -> None:
 
     shortest = min(GROUPS, key=lambda g: g.tokens)  # batches go from long to short
     with pytest.raises(DataError, match="no finite") as caught:
-        reference_logprobs(GROUPS, ReferenceCache(tmp_path, "w"), lambda: score, tokens_per_batch=100)
+        reference_logprobs(GROUPS, ReferenceCache(tmp_path, "w"), score, tokens_per_batch=lambda: 100, device=CPU)
     assert caught.value.where == str(shortest.source)
     assert ReferenceCache(tmp_path, "w").get([g.sequence_key(0) for g in GROUPS]) == {}
 

@@ -14,13 +14,13 @@ from jaxtyping import Float
 from prefopt.data.bins import micro_batches
 from prefopt.data.group import Completion, CompletionGroup
 from prefopt.data.pack import pack
-from prefopt.data.tokenize import Renderer
 from prefopt.model.kl import ReferenceStates, sequence_kl_sum
-from prefopt.model.load import LoadedModel, eos_ids, load_model
+from prefopt.model.load import LoadedModel, load_model
 from prefopt.model.paths import choose_path
-from prefopt.model.sample import Sampled, sample
 from prefopt.progress import progress
 from prefopt.records import Source
+from prefopt.sampling.completions import Completed, Settings
+from prefopt.sampling.local import LocalCompleted, LocalModel
 
 __all__ = ["Comparison", "Estimate", "compare", "draw", "pairs_from_samples"]
 
@@ -70,34 +70,24 @@ class Comparison:
 
 def draw(
     loaded: LoadedModel, prompts: Sequence[str], completions: int, *, max_new_tokens: int, seed: int, label: str
-) -> list[list[Sampled]]:
+) -> list[list[LocalCompleted]]:
     """`completions` samples of each prompt at temperature 1."""
-    renderer = _renderer(loaded)
     with progress(label, total=len(prompts), unit="prompts") as bar:
-        drawn = sample(
-            loaded.model,
-            [renderer.prompt_ids(p) for p in prompts],
-            completions=completions,
-            max_new_tokens=max_new_tokens,
-            temperature=1.0,
-            stop_ids=renderer.stop_ids,
-            seed=seed,
-            on_prompt=lambda *_: bar.advance(),
+        return LocalModel.of(loaded).complete(
+            prompts, completions, Settings(max_new_tokens, seed=seed), on_prompt=lambda *_: bar.advance()
         )
-    return [drawn[start : start + completions] for start in range(0, len(drawn), completions)]
 
 
 def pairs_from_samples(
-    loaded: LoadedModel, prompts: Sequence[str], drawn: Sequence[Sequence[Sampled]], reward: Reward
+    prompts: Sequence[str], drawn: Sequence[Sequence[Completed]], reward: Reward
 ) -> tuple[list[dict[str, str]], int]:
     """Best against worst sample of each prompt, as rows of a preference file; and how many prompts tied.
 
     A prompt whose samples all have the same reward teaches nothing and makes no pair.
     """
-    decode = _renderer(loaded).decode
     rows = []
     for prompt, group in zip(prompts, drawn, strict=True):
-        ranked = sorted((decode(s.ids) for s in group), key=lambda text: reward(prompt + text))
+        ranked = sorted((s.text for s in group), key=lambda text: reward(prompt + text))
         if reward(prompt + ranked[0]) < reward(prompt + ranked[-1]):
             rows.append({"prompt": prompt, "chosen": ranked[-1], "rejected": ranked[0]})
     return rows, len(prompts) - len(rows)
@@ -120,7 +110,7 @@ def compare(
         draw(m, prompts, completions, max_new_tokens=max_new_tokens, seed=seed, label=label)
         for m, label in zip(models, labels, strict=True)
     ]
-    old, new = (_rewards(m, prompts, d, reward) for m, d in zip(models, drawn, strict=True))
+    old, new = (_rewards(prompts, d, reward) for d in drawn)
     wins = (new[:, :, None] > old[:, None, :]) + 0.5 * (new[:, :, None] == old[:, None, :])
     kl = _kl(models[1], models[0], prompts, drawn[1], device)
     return Comparison(
@@ -133,20 +123,13 @@ def compare(
     )
 
 
-def _renderer(loaded: LoadedModel) -> Renderer:
-    return Renderer(loaded.tokenizer, eos_ids=eos_ids(loaded.path, loaded.tokenizer))
-
-
 def _rewards(
-    loaded: LoadedModel, prompts: Sequence[str], drawn: Sequence[Sequence[Sampled]], reward: Reward
+    prompts: Sequence[str], drawn: Sequence[Sequence[Completed]], reward: Reward
 ) -> Float[np.ndarray, "prompts completions"]:
-    decode = _renderer(loaded).decode
-    return np.array(
-        [[reward(prompt + decode(s.ids)) for s in group] for prompt, group in zip(prompts, drawn, strict=True)]
-    )
+    return np.array([[reward(prompt + s.text) for s in group] for prompt, group in zip(prompts, drawn, strict=True)])
 
 
-def _mean_tokens(drawn: Sequence[Sequence[Sampled]]) -> float:
+def _mean_tokens(drawn: Sequence[Sequence[LocalCompleted]]) -> float:
     return float(np.mean([len(s.ids) for group in drawn for s in group]))
 
 
@@ -154,11 +137,11 @@ def _kl(
     policy: LoadedModel,
     reference: LoadedModel,
     prompts: Sequence[str],
-    drawn: Sequence[Sequence[Sampled]],
+    drawn: Sequence[Sequence[LocalCompleted]],
     device: torch.device,
 ) -> Float[np.ndarray, "prompts completions"]:
     """Exact KL of the next-token distributions, summed along each of the policy's samples."""
-    renderer = _renderer(policy)
+    renderer = LocalModel.of(policy).renderer
     groups = [
         CompletionGroup(
             renderer.prompt_ids(prompt),

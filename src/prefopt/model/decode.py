@@ -250,7 +250,7 @@ def decode_attention(
     value: Float[Tensor, "rows kv_heads tokens value_dim"],
     attention_mask: Tensor | None,
     *,
-    decoding: Prefill | Step,
+    decoding: Prefill | Step | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -260,8 +260,11 @@ def decode_attention(
     """What transformers calls in every attention layer.
 
     Raises:
-        UnsharableError: a mask built by the model itself, or layers without a number.
+        UnsharableError: a mask built by the model itself, a layer without a number or one that keeps
+            keyword arguments to itself.
     """
+    if decoding is None:
+        raise UnsharableError("what their layers do not pass on to their attention")
     if attention_mask is not None:
         raise UnsharableError("a mask of the model's own")
     layer = getattr(module, "layer_idx", None)

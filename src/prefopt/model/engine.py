@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from prefopt.model.choose import Request, Sampled, choose, uniforms
 from prefopt.model.decode import Prefill, Shelf, Step
-from prefopt.model.head import head_of, logits_tile, tile_rows
+from prefopt.model.head import head_of, logit_blocks
 
 __all__ = ["Engine"]
 
@@ -203,12 +203,11 @@ class Engine:
         """Choose and keep the next token of each of `rows`."""
         age = self._row[rows, 3]
         noise = torch.from_numpy(self._noise[rows, age]).to(self._device)
-        size = tile_rows(len(self._head.weight))
         drawn = [
             torch.stack([tokens.double(), logprobs.double()])  # one copy back; a token's id is exact in it
             for tokens, logprobs in (
-                choose(logits_tile(self._head, h), u, self._request.temperature, self._request.top_p)
-                for h, u in zip(hidden.split(size), noise.split(size), strict=True)
+                choose(logits, noise[part], self._request.temperature, self._request.top_p)
+                for part, logits in logit_blocks(self._head, hidden)
             )
         ]
         tokens, logprobs = torch.cat(drawn, dim=1).cpu().numpy()

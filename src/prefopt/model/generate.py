@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from prefopt.model.choose import Request, Sampled, choose, uniforms
-from prefopt.model.head import tile_rows
 from prefopt.model.logprobs import plain_attention
+from prefopt.model.tiles import tile_rows
 
 __all__ = ["attention", "generate", "own_distribution"]
 
@@ -106,7 +106,7 @@ class _Draw(LogitsProcessor):
     def __call__(
         self, input_ids: Int[Tensor, "rows tokens"], scores: Float[Tensor, "rows vocab"]
     ) -> Float[Tensor, "rows vocab"]:
-        size = tile_rows(scores.shape[1])
+        size = tile_rows(scores.shape[1], scores.device)
         noise = self.noise[:, len(self.logprobs)]
         drawn = [
             choose(part, u, self.temperature, self.top_p)

@@ -104,7 +104,7 @@ def _sft(model: Path, data: Path, out: Path, *, lr: float, epochs: int, seed: in
 def _make_pairs(model: Path, prompts: list[str], seed: int) -> list[dict[str, str]]:
     loaded = load_model(str(model), dtype=torch.float32, device=torch.device("cpu"))
     drawn = draw(loaded, prompts, _SAMPLES, max_new_tokens=_NEW_TOKENS, seed=seed, label="sampling")
-    pairs, tied = pairs_from_samples(loaded, prompts, drawn, true_reward)
+    pairs, tied = pairs_from_samples(prompts, drawn, true_reward)
     say(f"pairs: {len(pairs)} made, {tied} prompts left out because all their samples have the same reward")
     return pairs
 
