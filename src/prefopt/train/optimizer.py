@@ -53,9 +53,12 @@ class Masters:
 def make_optimizer(
     name: Literal["adamw", "rmsprop"], parameters: Sequence[torch.nn.Parameter], *, lr: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """AdamW (betas 0.9, 0.999) or RMSprop (the DPO paper's; alpha 0.99), torch's own."""
+    """AdamW (betas 0.9, 0.999) or RMSprop (the DPO paper's; alpha 0.99), torch's own.
+
+    AdamW's fused kernel passes over the weights once, on a CPU as on CUDA; RMSprop has none.
+    """
     if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
     return torch.optim.RMSprop(parameters, lr=lr)
 
 
