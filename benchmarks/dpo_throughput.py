@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -60,12 +60,14 @@ class Setting:
 
 
 def prefopt(pairs: list[Pair], setting: Setting) -> dict[str, Any]:
-    from prefopt.data.bins import micro_batches
+    from prefopt.data.bins import batches_by_length
     from prefopt.data.group import Completion, CompletionGroup
     from prefopt.data.pack import PackedBatch, pack
     from prefopt.losses import LossTotal, dpo
     from prefopt.model.logprobs import sequence_logprob_sum
+    from prefopt.model.policy import run_blocks
     from prefopt.records import Source
+    from prefopt.train.budget import find_budget, free_bytes, training_state_bytes
     from prefopt.train.optimizer import Masters, make_optimizer
     from prefopt.train.step import train_step
 
@@ -78,15 +80,13 @@ def prefopt(pairs: list[Pair], setting: Setting) -> dict[str, Any]:
         for i, (p, c, r) in enumerate(pairs)
     ]
     policy = setting.policy()
-    budget = 4096 if setting.device == "cpu" else 16_384
     reference: dict[bytes, float] = {}
     with torch.no_grad():
-        for part in micro_batches(groups, budget):
+        for part in batches_by_length(groups, 4096):
             keys = [g.sequence_key(k) for g in part for k in (0, 1)]
             sums = sequence_logprob_sum(policy, pack(part).to(device), "shared")
             reference |= dict(zip(keys, sums.tolist(), strict=True))
-    masters = Masters(policy.parameters())
-    optimizer = make_optimizer("adamw", masters.parameters, lr=1e-6, weight_decay=0.0)
+    run_blocks(policy, recompute="none", compiled=setting.device == "cuda")
 
     def loss_of(b: PackedBatch) -> LossTotal:
         sums = sequence_logprob_sum(policy, b, "shared")
@@ -98,6 +98,20 @@ def prefopt(pairs: list[Pair], setting: Setting) -> dict[str, Any]:
             reference_rejected=known[1::2],
             beta=BETA,
         )
+
+    def probe(part: Sequence[CompletionGroup]) -> None:
+        loss_of(pack(part).to(device)).losses.sum().backward()
+        policy.zero_grad(set_to_none=True)
+
+    budget = find_budget(
+        probe,
+        sorted(groups, key=lambda g: -g.tokens),
+        device=device,
+        free=free_bytes(device),
+        reserved=training_state_bytes(list(policy.parameters())),
+    ).tokens
+    masters = Masters(policy.parameters())
+    optimizer = make_optimizer("adamw", masters.parameters, lr=1e-6, weight_decay=0.0)
 
     def step(start: int) -> tuple[float, float]:
         result = train_step(

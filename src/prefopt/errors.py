@@ -6,6 +6,7 @@
     ├── ModelError (ValueError)         a model folder cannot be used
     ├── RunError (RuntimeError)         a run folder is taken, damaged or does not match
     ├── EndpointError (RuntimeError)    a server refuses, fails, or answers in another form
+    ├── MemoryFullError (MemoryError)   one row by itself is too large for the device
     └── NonFiniteError (ArithmeticError) a loss or gradient is NaN or infinite
 
 Every one of them is the user's to mend: the command line prints the message alone and leaves with
@@ -16,6 +17,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "EndpointError",
+    "MemoryFullError",
     "ModelError",
     "NonFiniteError",
     "PrefoptError",
@@ -80,6 +82,10 @@ class RunError(PrefoptError, RuntimeError):
 
 class EndpointError(PrefoptError, RuntimeError):
     """A server that completes prompts refuses, fails, cannot be reached, or answers in another form."""
+
+
+class MemoryFullError(PrefoptError, MemoryError):
+    """A training step does not fit into memory though its rows are computed one at a time."""
 
 
 class NonFiniteError(PrefoptError, ArithmeticError):

@@ -2,6 +2,8 @@
 
 import math
 import sqlite3
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,14 @@ from prefopt.config import DPOConfig
 from prefopt.data.group import CompletionGroup
 from prefopt.data.pack import PackedBatch, pack
 from prefopt.data.store import GroupStore
-from prefopt.errors import DataError, NonFiniteError
+from prefopt.errors import DataError, MemoryFullError, NonFiniteError
 from prefopt.losses import LossTotal, dpo, negative_log_likelihood
 from prefopt.model.kl import ReferenceStates, sequence_kl_sum
 from prefopt.model.logprobs import sequence_logprob_sum
 from prefopt.model.policy import make_policy
 from prefopt.model.reference import ReferenceCache, reference_logprobs
 from prefopt.train.optimizer import Masters, learning_rate, make_optimizer
-from prefopt.train.step import train_step
+from prefopt.train.step import StepResult, train_step
 from tiny import completion, group, model_of, random_groups
 
 GROUPS = random_groups([(4, 3, 5), (2, 6, 1), (7, 2, 2)])
@@ -267,9 +269,32 @@ def test_no_number_is_read_inside_a_step() -> None:
         float(torch.ones(()))
         torch.ones(3)[torch.tensor([True, False, True])]
     assert len(reads.seen) == 2, "the counting itself works"
-    model = model_of("Llama")
+    step = dpo_step(model_of("Llama"), CPU)
+    with Reads() as reads:
+        result = step()
+    assert result.grad_norm > 1 and result.loss > 0
+    assert reads.seen == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_the_device_is_waited_for_once_a_step() -> None:
+    step = dpo_step(model_of("Llama").to("cuda"), torch.device("cuda"))  # type: ignore[arg-type]
+    step()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in caught if "synchronizing" in str(w.message)]) == 1
+
+
+def dpo_step(model: torch.nn.Module, device: torch.device) -> Callable[[], StepResult]:
+    """A whole step, as the recipe's, of two micro-batches."""
     masters = Masters(model.parameters())
-    optimizer = torch.optim.SGD(masters.parameters, lr=0.1)  # torch's AdamW reads its own counter, on the CPU
+    optimizer = make_optimizer("adamw", masters.parameters, lr=1e-3, weight_decay=0.0)
+    pairs = [g for g in GROUPS if len(g.completions) == 2]
 
     def loss_of(batch: PackedBatch) -> LossTotal:
         sums = sequence_logprob_sum(model, batch, "shared")
@@ -283,16 +308,73 @@ def test_no_number_is_read_inside_a_step() -> None:
             weights=batch.weights,
         )
 
-    with Reads() as reads:
+    return lambda: train_step(
+        pairs, loss_of, lambda _: 1, optimizer, masters, tokens_per_batch=20, max_grad_norm=1.0, device=device
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_a_step_that_runs_out_of_memory_is_computed_in_smaller_parts(dtype: torch.dtype, error: Exception) -> None:
+    """The failure comes in the backward pass of the second micro-batch, when gradients have been gathered."""
+    groups = random_groups([(4, 3, 2), (2, 6, 1), (7, 2, 2), (3, 3, 3)])
+
+    def run(budget: int, room: int) -> tuple[StepResult, list[torch.nn.Parameter], int]:
+        model = model_of("Llama").to(dtype)  # type: ignore[arg-type]
+        masters = Masters(model.parameters())
+        optimizer = make_optimizer("adamw", masters.parameters, lr=1e-2, weight_decay=0.0)
+        calls, handles = 0, list[torch.utils.hooks.RemovableHandle]()
+
+        def loss_of(batch: PackedBatch) -> LossTotal:
+            nonlocal calls
+            calls += 1
+            sums = sequence_logprob_sum(model, batch, "shared")
+            if len(batch.input_ids) > room and calls > 1:
+                handles.append(model.model.embed_tokens.weight.register_hook(full))
+            return negative_log_likelihood(logprob_sum=sums, token_counts=batch.token_counts)
+
+        def full(_: torch.Tensor) -> None:
+            handles.pop().remove()
+            raise error
+
         result = train_step(
-            [g for g in GROUPS if len(g.completions) == 2],
+            groups,
             loss_of,
-            lambda _: 1,
+            lambda g: sum(c.scored_tokens for c in g.completions),
             optimizer,
             masters,
-            tokens_per_batch=40,
+            tokens_per_batch=budget,
             max_grad_norm=1.0,
-            device=torch.device("cpu"),
+            device=CPU,
         )
-    assert result.grad_norm > 1 and result.loss > 0
-    assert reads.seen == []
+        return result, masters.parameters, calls
+
+    result, weights, calls = run(24, room=12)
+    expected, without_failure, _ = run(12, room=100)
+    assert result.tokens_per_batch == 12 and calls > len(groups)
+    assert result == expected
+    assert all(torch.equal(a, b) for a, b in zip(weights, without_failure, strict=True))
+
+
+def test_one_row_that_does_not_fit_is_named_and_nothing_moves() -> None:
+    model = model_of("Llama")
+    masters = Masters(model.parameters())
+    before = [p.detach().clone() for p in masters.parameters]
+    groups = random_groups([(4, 3), (7, 2)])
+
+    def loss_of(batch: PackedBatch) -> LossTotal:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    with pytest.raises(MemoryFullError, match="No weight has moved") as caught:
+        train_step(
+            groups,
+            loss_of,
+            lambda _: 1,
+            make_optimizer("adamw", masters.parameters, lr=1e-2, weight_decay=0.0),
+            masters,
+            tokens_per_batch=100,
+            max_grad_norm=1.0,
+            device=CPU,
+        )
+    assert caught.value.where is not None and str(groups[1].source) in caught.value.where
+    assert all(torch.equal(a, b) for a, b in zip(before, masters.parameters, strict=True))

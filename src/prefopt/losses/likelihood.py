@@ -22,4 +22,4 @@ def negative_log_likelihood(
         weights: Multiplies a sequence's loss; the count stays the number of tokens.
     """
     losses = -logprob_sum if weights is None else -logprob_sum * weights
-    return LossTotal(losses=losses, count=int(token_counts.sum()))
+    return LossTotal(losses=losses, count=token_counts.sum())

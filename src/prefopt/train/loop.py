@@ -19,7 +19,7 @@ import torch
 from prefopt.config import TrainConfig
 from prefopt.data.group import CompletionGroup
 from prefopt.data.order import rows_of_step, steps_per_epoch
-from prefopt.errors import NonFiniteError
+from prefopt.errors import MemoryFullError, NonFiniteError
 from prefopt.progress import progress, say, warn
 from prefopt.run import RunFolder
 from prefopt.train.checkpoint import (
@@ -119,6 +119,7 @@ def fit(
         health.recall(run.metrics())
         run.event("resumed", step=start)
         say(f"resumed at step {start} of {steps}")
+    budget = objective.tokens_per_batch
     evaluations = _marks(steps, config.eval_every) | {0}
     saves = _marks(steps, config.save_every)
     with _Interruption() as interruption, progress(objective.label, total=steps, unit="steps") as bar:
@@ -148,14 +149,18 @@ def fit(
                     objective.count_of,
                     optimizer,
                     masters,
-                    tokens_per_batch=objective.tokens_per_batch,
+                    tokens_per_batch=budget,
                     max_grad_norm=objective.max_grad_norm,
                     device=device,
                 )
-            except NonFiniteError:
+            except (NonFiniteError, MemoryFullError):
                 state.save(step)
                 raise
             seconds = time.perf_counter() - began
+            if result.tokens_per_batch < budget:
+                budget = result.tokens_per_batch
+                warn(f"memory ran out at step {step}: micro-batches of {budget:,} tokens from here on, the same steps")
+                run.event("budget", step=step, tokens=budget)
             metrics = _train_metrics(result, lr, seconds, len(rows), objective.unit)
             _log(run, health, step, "train", metrics)
             bar.advance(1, note=f"loss {result.loss:.4f}")

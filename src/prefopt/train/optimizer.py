@@ -42,6 +42,11 @@ class Masters:
         parameter.register_post_accumulate_grad_hook(move)
         return master
 
+    def forget_gradients(self) -> None:
+        """No gradients, nor any that a backward pass which broke off left in a live parameter."""
+        for parameter in (*self.live, *self.parameters):
+            parameter.grad = None
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the masters into the live parameters, rounding to their dtype."""

@@ -12,7 +12,7 @@ from prefopt.data.bins import batches_by_length, micro_batches
 from prefopt.data.feed import feed
 from prefopt.data.group import CompletionGroup
 from prefopt.data.pack import PackedBatch
-from prefopt.errors import NonFiniteError
+from prefopt.errors import MemoryFullError, NonFiniteError
 from prefopt.losses.total import LossTotal
 from prefopt.records import Source
 from prefopt.train.optimizer import Masters, gradient_norm
@@ -24,12 +24,18 @@ LossOf = Callable[[PackedBatch], LossTotal]
 
 @dataclass(frozen=True)
 class StepResult:
-    """Means over the step's global count; `metrics` are means over its groups."""
+    """Means over the step's global count; `metrics` are means over its groups.
+
+    Attributes:
+        tokens: Of all micro-batches.
+        tokens_per_batch: The budget that memory took: the one given, or a smaller one.
+    """
 
     loss: float
     grad_norm: float
     metrics: dict[str, float]
     tokens: int
+    tokens_per_batch: int
 
 
 def train_step(
@@ -46,28 +52,58 @@ def train_step(
     """Accumulate sum(losses) / global count over micro-batches, check, clip, update.
 
     The global count is known before the first forward pass, so a gradient is the same whatever the
-    micro-batches are. The device is asked for numbers once, at the end.
+    micro-batches are. The device is asked for numbers once, at the end. Where memory runs out the step
+    begins again with half the budget.
 
     Raises:
         NonFiniteError: loss or gradient is NaN or infinite; the rows are named and no parameter has moved.
+        MemoryFullError: there is too little memory for one row at a time; no parameter has moved.
     """
     count = sum(count_of(g) for g in groups)
-    optimizer.zero_grad(set_to_none=True)
-    tally = _Tally()
-    for batch in feed(micro_batches(groups, tokens_per_batch), device):
-        total = loss_of(batch)
-        (total.losses.sum() / count).backward()
-        tally.add(batch, total)
+    tally = None
+    while tally is None:
+        masters.forget_gradients()
+        parts = micro_batches(groups, tokens_per_batch)
+        tally = _accumulate(parts, loss_of, count, device)
+        if tally is None:
+            masters.forget_gradients()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            if len(parts) == len(groups):
+                raise _memory_full(groups)
+            tokens_per_batch //= 2
     norm = gradient_norm(masters.parameters)
     torch.nn.utils.clip_grads_with_norm_(masters.parameters, max_grad_norm, norm)
     grad_norm, summary = tally.read(norm)
-    result = StepResult(summary.loss_sum / count, grad_norm, summary.means, tally.tokens)
+    result = StepResult(summary.loss_sum / count, grad_norm, summary.means, tally.tokens, tokens_per_batch)
     if not (math.isfinite(grad_norm) and summary.finite):
-        optimizer.zero_grad(set_to_none=True)
+        masters.forget_gradients()
         raise _non_finite(tally, result, groups)
     optimizer.step()
     masters.refresh()
     return result
+
+
+def _accumulate(
+    parts: Sequence[Sequence[CompletionGroup]], loss_of: LossOf, count: int, device: torch.device
+) -> "_Tally | None":
+    """The gradient of sum(losses) / count over `parts`; None where memory ran out."""
+    tally = _Tally()
+    try:
+        for batch in feed(parts, device):
+            total = loss_of(batch)
+            (total.losses.sum() / count).backward()
+            tally.add(batch, total)
+        return tally
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+    return None  # from here, so that neither this frame nor the error's hold on to the step's tensors
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """A CPU's allocator says so in words alone."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 @torch.no_grad()
@@ -123,6 +159,17 @@ class _Tally:
     def bad_rows(self) -> list[str]:
         finite = torch.isfinite(torch.cat(self.losses)).tolist()
         return [str(source) for source, ok in zip(self.sources, finite, strict=True) if not ok]
+
+
+def _memory_full(groups: Sequence[CompletionGroup]) -> MemoryFullError:
+    longest = max(groups, key=lambda g: g.tokens)
+    return MemoryFullError(
+        "There is not enough memory for a training step, one row at a time.",
+        where=f"one of the step's rows, the longest of them {longest.source}",
+        got=f"up to {longest.tokens:,} tokens a row",
+        todo="No weight has moved. Lower --max-length, or add --checkpoint-activations all, --lora-rank or "
+        "--dtype bfloat16.",
+    )
 
 
 def _non_finite(tally: _Tally, result: StepResult, groups: Sequence[CompletionGroup]) -> NonFiniteError:
