@@ -244,7 +244,9 @@ def block_mask(layout: SegmentLayout, window: int | None, device: torch.device) 
 
 
 def _int32(values: np.ndarray, device: torch.device) -> Int[Tensor, "1 1 ..."]:
-    return torch.from_numpy(values.astype(np.int32)[None, None]).to(device)
+    made = torch.from_numpy(values.astype(np.int32)[None, None])
+    # From page-locked memory, or the host would wait for the copy.
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
 
 
 def _mark(
