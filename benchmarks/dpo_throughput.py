@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from workload import BETA, EOS, MIXES, SHAPES, Pair, matmul_flops, model, rows, rows_of_file, useful_flops
+from workload import BETA, MIXES, SHAPES, Pair, matmul_flops, model, rows, rows_of_file, useful_flops, words
 
 CONTESTANTS = ("prefopt", "plain padded", "trl tuned", "trl default")
 
@@ -216,19 +216,10 @@ def trl(pairs: list[Pair], setting: Setting, tuned: bool) -> dict[str, Any]:
 
 def _trl(pairs: list[Pair], setting: Setting, tuned: bool, micro: int, recompute: bool) -> dict[str, Any]:
     from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    # Fixed width, so that no word is part of another: special tokens are matched inside words.
-    words = {f"t{i:06}": i for i in range(setting.vocabulary)}
-    raw = Tokenizer(models.WordLevel(words, unk_token="t000000"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=f"t{EOS:06}", pad_token="t000000")
-
-    def text(ids: list[int]) -> str:
-        return " ".join(f"t{i:06}" for i in ids)
-
+    tokenizer, text = words(setting.vocabulary)
     # TRL splits prompt from completion by tokens of the concatenated text; EOS is there already.
     data = Dataset.from_list([{"prompt": text(p) + " ", "chosen": text(c), "rejected": text(r)} for p, c, r in pairs])
     seconds: list[float] = []

@@ -33,52 +33,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+
+from workload import BETA, MIXES, SHAPES, Pair, model, rows, words
 
 CONTESTANTS = ("prefopt", "prefopt again", "padded", "padded, sorted", "trl")
-EOS = 1
-# hidden, layers, heads, key-value heads, intermediate, vocabulary
-SHAPES = {
-    "tiny": (288, 6, 6, 6, 768, 32_000),
-    "135M": (576, 30, 9, 3, 1536, 49_152),
-    "0.5B": (896, 24, 14, 2, 4864, 151_936),
-    "1.5B": (1536, 28, 12, 2, 8960, 151_936),
-    "7B": (4096, 32, 32, 8, 14_336, 32_000),
-}
-Pair = tuple[list[int], list[int], list[int]]
-
-
-def rows(mix: str, pairs: int, vocabulary: int) -> list[Pair]:
-    """Log-normal lengths (sigma 0.6) around the mix's means; completions end in EOS."""
-    rng = np.random.default_rng(0)
-    prompt, chosen, rejected = (int(n) for n in mix.split("/"))
-
-    def ids(mean: int) -> list[int]:
-        length = max(2, round(mean * float(rng.lognormal(-0.18, 0.6))))
-        return [int(i) for i in rng.integers(10, vocabulary, length)]
-
-    return [(ids(prompt), [*ids(chosen), EOS], [*ids(rejected), EOS]) for _ in range(pairs)]
-
-
-def model(shape: str, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
-    """Llama-shaped with the same random weights for everybody."""
-    hidden, layers, heads, kv_heads, intermediate, vocabulary = SHAPES[shape]
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=8192,
-        bos_token_id=EOS,
-        eos_token_id=EOS,
-        pad_token_id=0,
-    )
-    with device:
-        made: LlamaForCausalLM = LlamaForCausalLM(config).to(dtype).eval()  # type: ignore[arg-type]
-    return made
 
 
 def prefopt(pairs: list[Pair], args: argparse.Namespace, *, again: bool) -> Callable[[], float]:
@@ -98,7 +56,7 @@ def prefopt(pairs: list[Pair], args: argparse.Namespace, *, again: bool) -> Call
         for i, (p, c, r) in enumerate(pairs)
     )
     device = torch.device(args.device)
-    reference = model(args.shape, getattr(torch, args.dtype), device)
+    reference = model(args.shape, getattr(torch, args.dtype), args.device).eval()
 
     def score(batch: PackedBatch) -> torch.Tensor:
         return sequence_logprob_sum(reference, batch, "shared")
@@ -122,7 +80,7 @@ def prefopt(pairs: list[Pair], args: argparse.Namespace, *, again: bool) -> Call
 def padded(pairs: list[Pair], args: argparse.Namespace, *, by_length: bool) -> Callable[[], float]:
     """Chosen rows, then rejected rows, padded to the longest of the batch; full logits."""
     device = torch.device(args.device)
-    reference = model(args.shape, getattr(torch, args.dtype), device)
+    reference = model(args.shape, getattr(torch, args.dtype), args.device).eval()
     if by_length:
         pairs = sorted(pairs, key=lambda pair: -len(pair[0]) - max(len(pair[1]), len(pair[2])))
 
@@ -152,19 +110,9 @@ def padded(pairs: list[Pair], args: argparse.Namespace, *, by_length: bool) -> C
 def trl(pairs: list[Pair], args: argparse.Namespace) -> Callable[[], float]:
     """`precompute_ref_log_probs=True`, timed within the trainer's construction, tokenising left out."""
     from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
     from trl import DPOConfig, DPOTrainer
 
-    vocabulary = SHAPES[args.shape][-1]
-    words = {f"t{i:06}": i for i in range(vocabulary)}  # of one width, so that no word is part of another
-    raw = Tokenizer(models.WordLevel(words, unk_token="t000000"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=f"t{EOS:06}", pad_token="t000000")
-
-    def text(ids: list[int]) -> str:
-        return " ".join(f"t{i:06}" for i in ids)
-
+    tokenizer, text = words(SHAPES[args.shape][0])
     data = Dataset.from_list([{"prompt": text(p) + " ", "chosen": text(c), "rejected": text(r)} for p, c, r in pairs])
 
     trainer_class: Any = DPOTrainer
@@ -180,7 +128,7 @@ def trl(pairs: list[Pair], args: argparse.Namespace) -> Callable[[], float]:
     folder = tempfile.TemporaryDirectory()
     config = DPOConfig(
         output_dir=folder.name,
-        beta=0.1,
+        beta=BETA,
         per_device_train_batch_size=args.padded_batch,
         precompute_ref_log_probs=True,
         gradient_checkpointing=False,
@@ -190,7 +138,7 @@ def trl(pairs: list[Pair], args: argparse.Namespace) -> Callable[[], float]:
         use_cpu=args.device == "cpu",
         bf16=args.dtype == "bfloat16",
     )
-    reference = model(args.shape, getattr(torch, args.dtype), torch.device(args.device))
+    reference = model(args.shape, getattr(torch, args.dtype), args.device).eval()
     trainer = Late(reference, None, args=config, train_dataset=data, processing_class=tokenizer)
 
     def run() -> float:
@@ -204,7 +152,7 @@ def trl(pairs: list[Pair], args: argparse.Namespace) -> Callable[[], float]:
 
 def contest(args: argparse.Namespace) -> dict[str, Any]:
     """Run one contestant in this process."""
-    pairs = rows(args.mix[0], args.pairs, SHAPES[args.shape][-1])
+    pairs = rows(args.mix[0], args.pairs, SHAPES[args.shape][0])
     made: Callable[[list[Pair]], Callable[[], float]] = {
         "prefopt": lambda p: prefopt(p, args, again=False),
         "prefopt again": lambda p: prefopt(p, args, again=True),
@@ -228,9 +176,9 @@ def contest(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mix", nargs="+", default=["180/330/270"], help="prompt/chosen/rejected means")
+    parser.add_argument("--mix", nargs="+", default=list(MIXES), help="prompt/chosen/rejected means")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--shape", choices=tuple(SHAPES), default="tiny")
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="15M")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on CUDA, else float32")
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
@@ -257,7 +205,7 @@ def main() -> None:
 
 def table(mix: str, args: argparse.Namespace) -> dict[str, Any]:
     """One length mix, one line a contestant."""
-    tokens = sum(2 * len(p) + len(c) + len(r) for p, c, r in rows(mix, args.pairs, SHAPES[args.shape][-1]))
+    tokens = sum(2 * len(p) + len(c) + len(r) for p, c, r in rows(mix, args.pairs, SHAPES[args.shape][0]))
     results: dict[str, Any] = {}
     print(f"| {mix} | seconds | pairs/s | tokens/s | prefopt is | spread | peak GB | mean |")
     print("|---|---|---|---|---|---|---|---|")

@@ -1,6 +1,6 @@
 """Tokens per second and peak memory of sampling: prefopt against transformers' generate and continuous batching.
 
-    .venv/bin/python benchmarks/sampling.py                                   # small model, float32, CPU
+    .venv/bin/python benchmarks/sampling.py                                   # 15M, float32, CPU
     .venv/bin/python benchmarks/sampling.py --device cuda --model 0.5B 1.5B   # bfloat16, random weights
 
 Three kinds of work: best of 16 (long prompts, short completions), rollouts as PPO draws them (64 prompts x 4,
@@ -27,17 +27,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaForCausalLM
+
+from workload import SHAPES, model
 
 CONTESTANTS = ("prefopt", "generate", "continuous batching")
-# hidden, intermediate, layers, heads, key-value heads, vocabulary
-SHAPES = {
-    "small": (256, 704, 4, 4, 2, 16_000),
-    "135M": (576, 1536, 30, 9, 3, 49_152),
-    "0.5B": (896, 4864, 24, 14, 2, 151_936),
-    "1.5B": (1536, 8960, 28, 12, 2, 151_936),
-    "7B": (3584, 18944, 28, 28, 4, 152_064),
-}
 
 
 @dataclass(frozen=True)
@@ -64,29 +58,6 @@ WORKS = {
     },
 }
 Draw = Callable[[list[list[int]], int, bool], list[list[int]]]  # prompts, samples, greedy -> completions
-
-
-def model(shape: str, device: str) -> LlamaForCausalLM:
-    """Llama-shaped, the same random weights for everybody."""
-    hidden, intermediate, layers, heads, kv, vocabulary = SHAPES[shape]
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv,
-        max_position_embeddings=4096,
-        tie_word_embeddings=vocabulary > 100_000 and hidden < 2000,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        torch.set_default_dtype(torch.float32 if device == "cpu" else torch.bfloat16)
-        made: LlamaForCausalLM = LlamaForCausalLM(config).eval()
-    torch.set_default_dtype(torch.float32)
-    return made
 
 
 def prompts_of(work: Work, vocabulary: int) -> list[list[int]]:
@@ -177,8 +148,8 @@ def one_by_one(policy: LlamaForCausalLM, prompts: list[list[int]], work: Work, s
 def contest(args: argparse.Namespace, who: str, name: str, shape: str) -> dict[str, Any]:
     """Run one contestant in this process."""
     work = WORKS[args.device][name]
-    policy = model(shape, args.device)
-    vocabulary = SHAPES[shape][5]
+    policy = model(shape, torch.float32 if args.device == "cpu" else torch.bfloat16, args.device).eval()
+    vocabulary = SHAPES[shape][0]
     prompts = prompts_of(work, vocabulary)
     stops = list(range(vocabulary // work.mean))
     budget = args.budget or (32_768 if args.device == "cpu" else 262_144)
@@ -214,14 +185,14 @@ def _resident_gb() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--model", nargs="+", choices=tuple(SHAPES), help="default: small on a CPU, 0.5B on CUDA")
+    parser.add_argument("--model", nargs="+", choices=tuple(SHAPES), help="default: 15M on a CPU, 0.5B on CUDA")
     parser.add_argument("--work", nargs="+", choices=tuple(WORKS["cpu"]), default=list(WORKS["cpu"]))
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--budget", type=int, help="tokens in caches at once; default 32768 on a CPU, 262144 on CUDA")
     parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.model = args.model or ["small" if args.device == "cpu" else "0.5B"]
+    args.model = args.model or ["15M" if args.device == "cpu" else "0.5B"]
     if args.contestant:
         print(json.dumps(contest(args, args.contestant, args.work[0], args.model[0])))
         return

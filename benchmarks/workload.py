@@ -1,10 +1,12 @@
 """What every contestant of a benchmark is given: rows of known lengths, and models of known shapes."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 MIXES = ("180/330/270", "350/40/40", "800/200/200")
 EOS, BETA = 1, 0.1
@@ -57,6 +59,14 @@ def rows_of_file(file: Path, tokenizer: Path, pairs: int, vocabulary: int) -> li
         (ids(len(g.prompt_ids)), *([*ids(len(c.ids) - 1), EOS] for c in g.completions))  # type: ignore[misc]
         for g in picked
     ]
+
+
+def words(vocabulary: int) -> tuple[PreTrainedTokenizerFast, Callable[[list[int]], str]]:
+    """A tokenizer of words of one width, so that none is part of another, and the text of ids under it."""
+    raw = Tokenizer(models.WordLevel({f"t{i:06}": i for i in range(vocabulary)}, unk_token="t000000"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=f"t{EOS:06}", pad_token="t000000")
+    return tokenizer, lambda ids: " ".join(f"t{i:06}" for i in ids)
 
 
 def model(shape: str, dtype: torch.dtype, device: str) -> LlamaForCausalLM:
