@@ -271,6 +271,22 @@ def test_a_wrong_lora_target_leaves_no_run_behind(inputs: Path, tmp_path: Path) 
     assert not (tmp_path / "run").exists()
 
 
+def test_an_array_that_breaks_at_its_end_leaves_nothing_behind(inputs: Path, tmp_path: Path) -> None:
+    rows = (inputs / "pairs.jsonl").read_text().splitlines()
+    data, out, cache = tmp_path / "pairs.json", tmp_path / "out", tmp_path / "cache"
+    data.write_text("[" + ",\n".join(rows) + ',\n{"prompt": "How is it?", "chos')
+    train = dpo(inputs, out)
+    train[train.index("--data") + 1] = str(data)
+    for arguments in (train, ["score", "--model", str(inputs / "model"), "--data", str(data), "--out", str(out)]):
+        done = prefopt(*arguments, cache=cache, expect=2)
+        assert f"{data}:{len(rows) + 1}" in done.stderr and "never closed" in done.stderr
+        assert not done.stdout
+    assert list(tmp_path.iterdir()) == [data]
+    data.write_text(data.read_text() + 'en": " good", "rejected": " bad"}]')
+    prefopt(*arguments, cache=cache)
+    assert len(out.read_text().splitlines()) == len(rows) + 1
+
+
 def test_a_run_with_relative_names_is_resumed_from_anywhere(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

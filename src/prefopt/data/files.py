@@ -7,7 +7,6 @@ import csv
 import gzip
 import io
 import json
-import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 
 from prefopt.data.audit import Refusal
 from prefopt.data.formats import RECOGNISED
+from prefopt.data.json_array import array_elements, checked
 from prefopt.errors import DataError
 
 __all__ = [
@@ -33,16 +33,15 @@ __all__ = [
 ]
 
 ACCEPTED = ".json .jsonl .ndjson .csv .tsv (each also .gz), .parquet, .arrow, .feather"
-MAX_LINE_BYTES = 16 * 2**20  # one row of a text file
+MAX_LINE_BYTES = 16 * 2**20  # one row of a text file; characters, in a JSON array
 MAX_DEPTH = 64  # lists and objects within each other
 MAX_TEXT_BYTES = 64 * 2**30  # a text file once decompressed, read row by row
-MAX_JSON_BYTES = 4 * 2**30  # a JSON array, which has to be held in memory whole
+MAX_JSON_BYTES = 4 * 2**30  # a single JSON object over several lines, which is held in memory whole
 
 _TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 _TABLE_SUFFIXES = (".parquet", ".arrow", ".feather")
 _BATCH = 1024  # rows of a table turned into Python objects at a time
 _BOM = b"\xef\xbb\xbf"
-_ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what surrogateescape leaves of a byte that is no UTF-8
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +53,11 @@ class RawRow:
     values: Any = None
     fault: Refusal | None = None
     mends: tuple[str, ...] = ()
+
+
+def _row(row: int, line: int | None, values: Any) -> RawRow:
+    """A row that was read, or refused already."""
+    return RawRow(row, line, fault=values) if isinstance(values, Refusal) else RawRow(row, line, values)
 
 
 def _suffix(path: Path) -> str:
@@ -70,7 +74,7 @@ def is_data_file(path: Path) -> bool:
 
 
 def file_rows(path: Path, columns: frozenset[str] = frozenset()) -> Iterator[RawRow]:
-    """Rows of one data file, one at a time (a JSON array is parsed whole).
+    """Rows of one data file, one at a time.
 
     Args:
         columns: Columns of a table file to read besides those we know by name.
@@ -144,33 +148,35 @@ def _text_rows(path: Path, suffix: str) -> Iterator[RawRow]:
         bom = start.startswith(_BOM)
         if bom:
             stream.read(len(_BOM))
-        rows = _csv_rows(stream, path, suffix) if suffix in (".csv", ".tsv") else _json_rows(stream, path, suffix)
+        read = _csv_rows if suffix in (".csv", ".tsv") else _json_rows
+        rows = read(stream, path, suffix)  # type: ignore[arg-type]  # _Limited lacks what is never called
         for raw in rows:
             yield replace(raw, mends=(*raw.mends, "bom")) if bom and raw.row == 1 else raw
 
 
-def _json_rows(stream: io.BufferedIOBase, path: Path, suffix: str) -> Iterator[RawRow]:
+def _json_rows(stream: io.BufferedReader, path: Path, suffix: str) -> Iterator[RawRow]:
     """Rows of a JSON array, of JSON lines (whatever the suffix), or the one row of a single object."""
-    line, first = 1, stream.readline(MAX_LINE_BYTES + 1)
+    space = b""
+    while (start := stream.peek(1)) and not start.strip():
+        space += stream.read(len(start))
+    if start.lstrip().startswith(b"["):
+        for n, values in enumerate(array_elements(stream, path, space, MAX_LINE_BYTES, MAX_DEPTH), 1):
+            yield _row(n, None, values)
+        return
+    line, first = 1 + space.count(b"\n"), stream.readline(MAX_LINE_BYTES + 1)
     while first and not first.strip():
         line, first = line + 1, stream.readline(MAX_LINE_BYTES + 1)
-    array = first.lstrip().startswith(b"[")
-    if not array and (suffix != ".json" or isinstance(_parsed(RawRow(1, 1), first).values, dict)):
+    if suffix != ".json" or isinstance(_parsed(RawRow(1, 1), first).values, dict):
         yield from _json_lines(stream, first, line)
         return
-    text = b"\n" * (line - 1) + first + _rest(stream, path)
+    data = b"\n" * (line - 1) + first + _rest(stream, path)
+    text = data.decode(errors="surrogateescape")
     try:
-        document = json.loads(text.decode(errors="surrogateescape"))
-    except (ValueError, RecursionError) as error:
-        if array:
-            raise _bad_document(path, text, error) from error
-        lines = io.BytesIO(text)  # JSON lines after all, the first of them broken
-        yield from _json_lines(lines, b"", 1)
+        values = json.loads(text)
+    except (ValueError, RecursionError):  # JSON lines after all, the first of them broken
+        yield from _json_lines(io.BytesIO(data), b"", 1)
         return
-    valid = _is_utf8(text)
-    for n, values in enumerate(document if isinstance(document, list) else [document], 1):
-        raw = RawRow(n, None, values)
-        yield raw if valid else _checked_bytes(raw)
+    yield _row(1, None, checked(values, text))
 
 
 def _rest(stream: io.BufferedIOBase, path: Path) -> bytes:
@@ -187,28 +193,6 @@ def _rest(stream: io.BufferedIOBase, path: Path) -> bytes:
                 todo="Convert it to JSON lines (one object a line, .jsonl), which are read row by row.",
             )
     return b"".join(parts)
-
-
-def _bad_document(path: Path, text: bytes, error: Exception) -> DataError:
-    if isinstance(error, RecursionError):
-        return DataError("The JSON file is nested too deeply.", where=str(path), expected=f"at most {MAX_DEPTH} levels")
-    line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-    cut = "" if text.rstrip().endswith(b"]") else "; the array is never closed"
-    return DataError(
-        "The file is not valid JSON.",
-        where=f"{path}{line}",
-        got=f"{error}{cut}",
-        expected="one array of objects, or one object a line",
-        todo="Write the file again; as JSON lines (.jsonl) a broken row costs only itself.",
-    )
-
-
-def _is_utf8(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _json_lines(stream: io.BufferedIOBase, first: bytes, line: int) -> Iterator[RawRow]:
@@ -240,20 +224,6 @@ def _parsed(raw: RawRow, data: bytes) -> RawRow:
 
 def _bad_utf8(error: UnicodeDecodeError) -> Refusal:
     return Refusal("invalid_utf8", f"byte {error.object[error.start]:#04x} at {error.start + 1}: {error.reason}")
-
-
-def _checked_bytes(raw: RawRow) -> RawRow:
-    """The row, refused where surrogateescape had to stand in for bytes."""
-    texts, todo = [], [raw.values]
-    while todo:
-        value = todo.pop()
-        if isinstance(value, str):
-            texts.append(value)
-        elif isinstance(value, (list, dict)):
-            todo += value if isinstance(value, list) else [*value, *value.values()]
-    if not any(_ESCAPED_BYTE.search(t) for t in texts):
-        return raw
-    return RawRow(raw.row, raw.line, fault=Refusal("invalid_utf8", "the row holds bytes that are not UTF-8"))
 
 
 def _csv_rows(stream: io.BufferedIOBase, path: Path, suffix: str) -> Iterator[RawRow]:
@@ -307,12 +277,7 @@ def _cells(raw: RawRow, header: list[str], cells: list[str]) -> RawRow:
         detail = f"{len(cells)} cells under {len(header)} columns"
         return replace(raw, fault=Refusal("invalid_csv", detail))
     values = {name: _cell(cell) for name, cell in zip(header, cells, strict=True)}
-    # A message list may hold surrogates that its JSON escapes name: only the cells' own bytes count.
-    return (
-        replace(raw, values=values)
-        if not any(map(_ESCAPED_BYTE.search, cells))
-        else _checked_bytes(replace(raw, values=cells))
-    )
+    return _row(raw.row, raw.line, checked(values, "".join(cells)))
 
 
 def _cell(cell: str) -> Any:
@@ -352,7 +317,7 @@ def table_rows(batches: Any) -> Iterator[RawRow]:
             rows = [_arrow_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
         for values in rows:
             n += 1
-            yield RawRow(n, None, fault=values) if isinstance(values, Refusal) else RawRow(n, None, values)
+            yield _row(n, None, values)
 
 
 def _arrow_row(batch: Any) -> Any:
