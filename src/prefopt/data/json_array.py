@@ -121,7 +121,7 @@ class _Window:
                 where=self._place(),
                 got=f"more than {self._longest:,} characters",
                 expected="an array of rows",
-                todo="Mend the file there; an array inside of something else has to stand alone.",
+                todo="Mend the file there; an array inside something else has to stand alone.",
             )
 
     def _read_on(self, size: int) -> None:
