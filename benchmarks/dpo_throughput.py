@@ -29,10 +29,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from workload import BETA, MIXES, SHAPES, Pair, matmul_flops, model, rows, rows_of_file, useful_flops, words
+from workload import BETA, MIXES, SHAPES, Pair, groups_of, matmul_flops, model, rows, rows_of_file, useful_flops, words
 
 CONTESTANTS = ("prefopt", "plain padded", "trl tuned", "trl default")
 
@@ -61,24 +60,17 @@ class Setting:
 
 def prefopt(pairs: list[Pair], setting: Setting) -> dict[str, Any]:
     from prefopt.data.bins import batches_by_length
-    from prefopt.data.group import Completion, CompletionGroup
+    from prefopt.data.group import CompletionGroup
     from prefopt.data.pack import PackedBatch, pack
     from prefopt.losses import LossTotal, dpo
     from prefopt.model.logprobs import sequence_logprob_sum
     from prefopt.model.policy import run_blocks
-    from prefopt.records import Source
     from prefopt.train.budget import find_budget, free_bytes, training_state_bytes
     from prefopt.train.optimizer import Masters, make_optimizer
     from prefopt.train.step import train_step
 
-    def side(ids: list[int]) -> Completion:
-        return Completion(np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=bool))
-
     device = torch.device(setting.device)
-    groups = [
-        CompletionGroup(np.array(p, dtype=np.int32), (side(c), side(r)), Source("rows", i))
-        for i, (p, c, r) in enumerate(pairs)
-    ]
+    groups = groups_of(pairs)
     policy = setting.policy()
     reference: dict[bytes, float] = {}
     with torch.no_grad():

@@ -34,27 +34,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from workload import BETA, MIXES, SHAPES, Pair, model, rows, words
+from workload import BETA, MIXES, SHAPES, Pair, groups_of, model, rows, words
 
 CONTESTANTS = ("prefopt", "prefopt again", "padded", "padded, sorted", "trl")
 
 
 def prefopt(pairs: list[Pair], args: argparse.Namespace, *, again: bool) -> Callable[[], float]:
     """The pass over a token store with an empty cache, or with a full one."""
-    from prefopt.data.group import Completion, CompletionGroup
     from prefopt.data.pack import PackedBatch
     from prefopt.data.store import GroupStore
     from prefopt.model.logprobs import sequence_logprob_sum
     from prefopt.model.reference import ReferenceCache, reference_logprobs
-    from prefopt.records import Source
 
-    def side(ids: list[int]) -> Completion:
-        return Completion(np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=bool))
-
-    store = GroupStore.write(
-        CompletionGroup(np.array(p, dtype=np.int32), (side(c), side(r)), Source("rows", i))
-        for i, (p, c, r) in enumerate(pairs)
-    )
+    store = GroupStore.write(groups_of(pairs))
     device = torch.device(args.device)
     reference = model(args.shape, getattr(torch, args.dtype), args.device).eval()
 

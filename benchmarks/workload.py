@@ -8,6 +8,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from prefopt.data.group import Completion, CompletionGroup
+from prefopt.records import Source
+
 MIXES = ("180/330/270", "350/40/40", "800/200/200")
 EOS, BETA = 1, 0.1
 Pair = tuple[list[int], list[int], list[int]]
@@ -67,6 +70,18 @@ def words(vocabulary: int) -> tuple[PreTrainedTokenizerFast, Callable[[list[int]
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=f"t{EOS:06}", pad_token="t000000")
     return tokenizer, lambda ids: " ".join(f"t{i:06}" for i in ids)
+
+
+def groups_of(pairs: list[Pair]) -> list[CompletionGroup]:
+    """The pairs as prefopt keeps them, every completion token scored."""
+
+    def side(ids: list[int]) -> Completion:
+        return Completion(np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=bool))
+
+    return [
+        CompletionGroup(np.array(p, dtype=np.int32), (side(c), side(r)), Source("rows", i))
+        for i, (p, c, r) in enumerate(pairs)
+    ]
 
 
 def model(shape: str, dtype: torch.dtype, device: str) -> LlamaForCausalLM:
