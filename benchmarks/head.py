@@ -2,7 +2,7 @@
 
     .venv/bin/pip install -c constraints.txt -e '.[bench]'
     .venv/bin/python benchmarks/head.py                                      # 15M, float32, 2,048 tokens
-    .venv/bin/python benchmarks/head.py --shape 15M 135M 0.5B --dtype float32 bfloat16      # a quarter of an hour
+    .venv/bin/python benchmarks/head.py --shape 15M 135M 0.5B --dtype float32 bfloat16
     .venv/bin/python benchmarks/head.py --device cuda --shape 135M 0.5B 1.5B 7B             # bfloat16, 8,192 tokens
 
 `score` is the forward pass alone, `frozen weight` adds the gradient of the hidden states (LoRA), and

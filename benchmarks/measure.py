@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -76,7 +77,8 @@ def contests(
         command = [sys.executable, program, "--contestant", who, *options]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            why = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+            said = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()
+            why = next((line for line in reversed(said) if re.match(r"[\w.]+Error: ", line)), said[-1])
             print(f"| {label}{who} | failed: {why} |", flush=True)
             continue
         r = json.loads(done.stdout.strip().splitlines()[-1])
