@@ -17,7 +17,7 @@ from architectures import ARCHITECTURES
 from prefopt.data.group import CompletionGroup
 from prefopt.data.pack import pack
 from prefopt.model.logprobs import Path, plain_attention, sequence_logprob_sum
-from prefopt.model.paths import choose_path
+from prefopt.model.paths import choose_path, transformers_logprob_sum
 from tiny import completion, group, model_of, random_groups
 
 DOC = File(__file__).parents[2] / "docs" / "models.md"
@@ -144,3 +144,17 @@ def test_the_table_in_the_docs_is_what_the_models_do() -> None:
     listed = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:] if "|" in line]
     told = {cells[0]: (cells[2], *(c for c in cells[3].split(", ") if c != "-")) for cells in listed}
     assert told == {name: what.paths for name, what in ARCHITECTURES.items()}
+
+
+def test_padding_takes_no_more_slots_than_there_are_tokens() -> None:
+    """One long sequence among many short ones, which a budget of tokens puts into one micro-batch."""
+    model, slots = model_of("BLOOM"), list[int]()
+    batch = pack(random_groups([(60, 30, 2), *[(2, 2, 3)] * 12]))
+    handle = model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: slots.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    padded = sequence_logprob_sum(model, batch, "padded")
+    handle.remove()
+    tokens = sum(len(prompt) + len(own) for prompt, own in batch.spans)
+    assert sum(slots) < 2 * tokens < len(batch.spans) * 90 / 4, "a single rectangle would have many more"
+    torch.testing.assert_close(padded, transformers_logprob_sum(model, batch), atol=1e-4, rtol=0)

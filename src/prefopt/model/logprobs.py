@@ -6,6 +6,7 @@ leaves it to transformers to keep them apart, which it does where positions star
 gives each sequence a row of its own. `model.paths` chooses and proves the choice.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -93,15 +94,36 @@ def _packed_hidden(model: torch.nn.Module, batch: PackedBatch) -> Float[Tensor, 
 
 
 def _padded_hidden(model: torch.nn.Module, batch: PackedBatch) -> Float[Tensor, "targets hidden"]:
-    """Prompt and completion of each sequence in a row of its own, padded on the right."""
+    """Prompt and completion of each sequence in a row of its own, padded on the right.
+
+    Rows of like length go together, so that padding takes no more slots than there are tokens.
+    """
     sequences = sequence_ids(batch)
-    ids = pad_sequence(sequences, batch_first=True)
-    lengths = torch.tensor([len(s) for s in sequences], device=ids.device)
-    mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
-    out = _backbone(model, plain_attention(plain_model(model)))(input_ids=ids, attention_mask=mask, use_cache=False)
+    lengths = [len(s) for s in sequences]
+    backbone, device = _backbone(model, plain_attention(plain_model(model))), batch.input_ids.device
+    states, start_of, slots = list[Tensor](), [0] * len(sequences), 0
+    for part in _alike(lengths):
+        ids = pad_sequence([sequences[i] for i in part], batch_first=True)
+        own = torch.tensor([lengths[i] for i in part], device=device)
+        mask = (torch.arange(ids.shape[1], device=device) < own[:, None]).long()
+        out = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        for row, i in enumerate(part):
+            start_of[i] = slots + row * ids.shape[1]
+        slots += ids.numel()
+        states.append(out.flatten(0, 1))
     # In a padded row slot and position agree, so a target's predictor stands at its position.
-    hidden: Tensor = out.last_hidden_state[batch.sequence_of_target, batch.position_ids[batch.predictors]]
-    return hidden
+    at = torch.tensor(start_of, device=device)[batch.sequence_of_target] + batch.position_ids[batch.predictors]
+    return torch.cat(states)[at]
+
+
+def _alike(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of `lengths`, longest first, in parts whose shortest is at least half their longest."""
+    parts: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not parts or 2 * lengths[i] < lengths[parts[-1][0]]:
+            parts.append([])
+        parts[-1].append(i)
+    return parts
 
 
 def _backbone(model: torch.nn.Module, attention: str) -> torch.nn.Module:
