@@ -22,7 +22,7 @@ from jaxtyping import Float, Float32, Float64, Int64, Shaped
 from torch import Tensor
 
 from prefopt.data.bins import consecutive_bins
-from prefopt.data.feed import feed
+from prefopt.data.feed import scored
 from prefopt.data.group import CompletionGroup
 from prefopt.data.pack import PackedBatch
 from prefopt.errors import DataError
@@ -148,17 +148,16 @@ def reference_logprobs(
     budget = tokens_per_batch()
     jobs = _Jobs.of(sequences, missing, budget)
     parts = [[jobs.members(int(job)) for job in part] for part in consecutive_bins(jobs.tokens, budget)]
-    batches = feed(([_group(groups, sequences, job) for job in part] for part in parts), device)
+    batches = scored(([_group(groups, sequences, job) for job in part] for part in parts), score, device)
     total = int(jobs.tokens.sum())
     with progress("reference", total=total, unit="tokens") as bar, cache.writer() as put, torch.no_grad():
-        for part, batch in zip(parts, batches, strict=True):
-            scored = np.concatenate(part)
-            sums = score(batch).double().cpu().numpy()
+        for part, (batch, results) in zip(parts, batches, strict=True):
+            members, sums = np.concatenate(part), results.numpy()
             if not np.isfinite(sums).all():
-                raise _not_finite(groups, sequences.rows[scored], sums)
+                raise _not_finite(groups, sequences.rows[members], sums)
             found = zip(sums.tolist(), batch.token_counts.tolist(), strict=True)
-            put(dict(zip(sequences.keys[scored].tolist(), found, strict=True)))
-            values[same[scored]] = sums
+            put(dict(zip(sequences.keys[members].tolist(), found, strict=True)))
+            values[same[members]] = sums
             bar.advance(len(batch.input_ids))
     return sequences.by_row(values[same]).to(device)
 

@@ -9,7 +9,7 @@ from jaxtyping import Float64
 
 from prefopt.config import ScoreConfig
 from prefopt.data.bins import batches_by_length
-from prefopt.data.feed import feed
+from prefopt.data.feed import scored
 from prefopt.data.pack import PackedBatch
 from prefopt.data.store import GroupStore
 from prefopt.model.load import load_reference
@@ -61,8 +61,8 @@ def _logps(
     budget = forward_budget(config.tokens_per_batch, score, groups, device)
     found = np.full((len(groups), int(groups.completions.max())), np.nan)
     with progress(label, total=len(groups), unit="rows") as bar:
-        for batch in feed(batches_by_length(groups, budget), device):
-            sums = score(batch).tolist()
+        for batch, results in scored(batches_by_length(groups, budget), score, device):
+            sums = results.tolist()
             for group in batch.groups:
                 k = len(group.completions)
                 found[group.place, :k], sums = sums[:k], sums[k:]
