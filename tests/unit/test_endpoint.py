@@ -232,11 +232,23 @@ def test_newer_servers_get_the_length_by_its_newer_name(server: Server) -> None:
     assert refused(server).got == "status 400: no such sampler"
 
 
-@pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://host/v1", "http:///v1", "http://me:pw@host/v1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("localhost:8000/v1", "ftp://host/v1", "http:///v1"),
+        *("http://me:pw@host/v1", "ftp://me:pw@host/v1", "me:pw@host", "http://host/v1?api-key=pw"),
+    ],
+)
 def test_wrong_urls(url: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Endpoint(url, "m")
     assert "pw" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [{"concurrency": 0}, {"attempts": 0}, {"timeout": 0.0}, {"patience": -1.0}])
+def test_wrong_limits(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="more than 0"):
+        Endpoint("http://host/v1", "m", **wrong)
 
 
 @pytest.mark.parametrize(

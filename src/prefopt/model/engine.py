@@ -2,7 +2,7 @@
 
 Every step runs one token of each sample under way. What ends leaves at once; when an eighth of the
 token budget has come free, waiting samples and prompts take its place. The bookkeeping is numpy on
-the host; a step takes one small copy to the device and one back.
+the host; a step takes three small copies to the device and one back.
 """
 
 from collections import deque

@@ -44,12 +44,12 @@ class Endpoint:
         form: "chat" sends conversations (a string is one user turn), "text" has strings continued as they stand.
         key_variable: Environment variable with the API key; without it no key is sent.
         concurrency: Requests under way at once.
-        timeout: Longest silence of the server, seconds; a completion is one answer, so it is the longest generation.
+        timeout: Longest wait for one answer, from its request to its last byte, seconds.
         attempts: Tries for one completion.
         patience: Seconds after which a completion is not tried again; also the longest wait a server may ask for.
 
     Raises:
-        ConfigError: the URL is none, or holds a password.
+        ConfigError: the URL is none, or may hold a key; a number is not above 0.
     """
 
     url: str
@@ -66,16 +66,22 @@ class Endpoint:
             url = httpx2.URL(self.url)
         except httpx2.InvalidURL:
             url = httpx2.URL("")
+        if "@" in self.url or "?" in self.url:
+            raise ConfigError(
+                "A key or password does not belong in an endpoint's URL: it would be printed and saved.",
+                where="url",
+                expected="http://HOST/v1 or https://..., without @ and ?",
+                todo=f"Put the key into the environment variable {self.key_variable}.",
+            )
         if url.scheme not in ("http", "https") or not url.host:
             raise ConfigError(
                 "This is no endpoint.", where="url", got=self.url, expected="http://HOST/v1 or https://..."
             )
-        if url.userinfo:
-            raise ConfigError(
-                "A password does not belong in an endpoint's URL: it would be printed and saved.",
-                where="url",
-                todo=f"Put the key into the environment variable {self.key_variable}.",
-            )
+        for name in ("concurrency", "attempts", "timeout", "patience"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(
+                    f"{name} is not right.", where=name, got=str(getattr(self, name)), expected="more than 0"
+                )
 
     def complete(
         self,
@@ -183,13 +189,14 @@ class _Asking:
             async for attempt in tries:
                 with attempt:
                     named = {k: v for k, v in body.items() if k != "max_tokens"} | {self.length_name: length}
-                    response = await self.client.post(self.url, json=named)
+                    async with asyncio.timeout(self.endpoint.timeout):  # the client's own is for each read
+                        response = await self.client.post(self.url, json=named)
                     if _passing(response.status_code):
                         response.raise_for_status()
         except httpx2.HTTPStatusError as error:
             raise self._refused(error.response) from error
-        except httpx2.RequestError as error:
-            slow = isinstance(error, httpx2.TimeoutException)
+        except (httpx2.RequestError, TimeoutError) as error:
+            slow = isinstance(error, httpx2.TimeoutException | TimeoutError)
             todo = "Ask for less at once, or wait longer." if slow else "Is the server up? Is the URL right?"
             raise EndpointError(
                 "The endpoint does not answer in time." if slow else "The endpoint cannot be reached.",
@@ -207,7 +214,7 @@ class _Asking:
             if asked is None:
                 return True
             return False if asked > self.endpoint.patience else asked + random.uniform(0, 1)
-        return isinstance(error, httpx2.TransportError)
+        return isinstance(error, httpx2.TransportError | TimeoutError)
 
     def _read(self, answer: Any) -> Completed:
         choice = answer["choices"][0]
