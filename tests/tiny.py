@@ -3,6 +3,7 @@
 import json
 import random
 import string
+from typing import Any
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,11 +18,15 @@ from prefopt.data.group import Completion, CompletionGroup
 from prefopt.records import Source
 
 
-def model_of(architecture: str, seed: int = 0) -> PreTrainedModel:
-    """A random float32 model in evaluation mode; weights are large enough that context matters."""
+def model_of(architecture: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random float32 model in evaluation mode; weights are large enough that context matters.
+
+    Args:
+        changes: To the arguments of its configuration.
+    """
     what = ARCHITECTURES[architecture]
     torch.manual_seed(seed)
-    config = getattr(transformers, what.config)(**what.arguments)
+    config = getattr(transformers, what.config)(**{**what.arguments, **changes})
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():

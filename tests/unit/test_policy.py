@@ -133,6 +133,20 @@ def test_compiled_blocks_equal_plain_ones_and_are_compiled_once(architecture: st
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_all_layers_share_what_was_compiled() -> None:
+    """torch gives up on a function after eight versions of it: layers must not each have their own."""
+    counts = []
+    for layers in (2, 12):
+        torch.compiler.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        model = model_of("Llama", num_hidden_layers=layers)
+        run_blocks(model, recompute="none", compiled=True, backend=counter)
+        gradients(model, ROWS[0])
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_an_adapters_blocks_can_be_compiled() -> None:
     truth = gradients(adapted("none").eval(), ROWS[0])
     policy = adapted("none").eval()

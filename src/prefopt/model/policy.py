@@ -37,7 +37,8 @@ def make_policy(model: PreTrainedModel, config: TrainConfig, *, steps: int = 0) 
     """Make `model` trainable in place, wholly or through a LoRA adapter (the model is then peft's).
 
     The model's own dropout is switched off, as in the reference code: log-probabilities are
-    compared with a reference that has none. A LoRA adapter's dropout is the one asked for.
+    compared with a reference that has none. A LoRA adapter's dropout is the one asked for, and all
+    that training mode is for.
 
     Args:
         steps: Optimiser steps ahead, which decide whether compiling pays.
@@ -65,6 +66,7 @@ def make_policy(model: PreTrainedModel, config: TrainConfig, *, steps: int = 0) 
     run_blocks(model, recompute=config.checkpoint_activations, compiled=compiled)
     if compiled:
         say("transformer blocks: compiled; the first steps take longer")
+    policy.train(bool(config.lora_dropout))
     return policy
 
 

@@ -36,7 +36,9 @@ __all__ = [
 ]
 
 LEAST_TOKENS = 64
-_SMALL, _LARGE = 512, 2048  # tokens of the two probes, or the longest row if that is more
+# Tokens of the two probes, or the longest row if that is more. On CUDA more than a tile of the head has rows,
+# or the tile, which grows no further, would be counted to every token.
+_PROBES = {"cpu": (512, 2048), "cuda": (8192, 16_384)}
 _SHARE = 0.8  # of the free memory; the rest is for fragments and for what other programs take meanwhile
 _ADAM_MOMENTS = 2
 
@@ -74,14 +76,13 @@ def training_budget(
         return asked
     known = [int(event["tokens"]) for event in run.events() if event["event"] == "budget"]
     if known:
-        return known[-1]
+        return known[0]
 
     def probe(part: Sequence[CompletionGroup]) -> None:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             loss_of(pack(part).to(device)).losses.sum().backward()
         policy.zero_grad(set_to_none=True)
 
-    policy.train()
     budget = find_budget(
         probe,
         _longest(groups),
@@ -129,9 +130,13 @@ def find_budget(
         free: Bytes there are, `free_bytes(device)`.
         reserved: Bytes of them that will be taken besides (optimiser state, gradients).
     """
-    parts = [_first_tokens(longest, tokens) for tokens in (_SMALL, _LARGE)]
-    sizes = [sum(g.tokens for g in part) for part in parts]
-    small, large = (peak_bytes(partial(probe, part), device) for part in parts)
+    try:
+        sizes, (small, large) = _probed(probe, longest, device, _PROBES[device.type])
+    except torch.OutOfMemoryError:
+        sizes = []
+    if not sizes:  # here, where the error no longer holds on to tensors
+        torch.cuda.empty_cache()
+        sizes, (small, large) = _probed(probe, longest, device, _PROBES["cpu"])
     # Where rows are few or long there is one size only: all of its peak is put down to its tokens.
     slope = (large - small) / (sizes[1] - sizes[0]) if sizes[1] > 1.5 * sizes[0] else large / sizes[1]
     slope = max(slope, 1.0)
@@ -143,9 +148,22 @@ def find_budget(
     return Budget(tokens, slope, free, longest[0].tokens)
 
 
+def _probed(
+    probe: Callable[[Sequence[CompletionGroup]], object],
+    longest: Sequence[CompletionGroup],
+    device: torch.device,
+    tokens: tuple[int, int],
+) -> tuple[list[int], list[int]]:
+    """Tokens and peak bytes of the two probes."""
+    parts = [_first_tokens(longest, wanted) for wanted in tokens]
+    if device.type == "cuda":
+        probe(parts[0])  # what is made once, such as compiled kernels, is not a token's
+    return [sum(g.tokens for g in part) for part in parts], [peak_bytes(partial(probe, part), device) for part in parts]
+
+
 def _longest(groups: Sequence[CompletionGroup]) -> list[CompletionGroup]:
     longest = np.argsort(-token_counts(groups), kind="stable")
-    return [groups[int(i)] for i in longest[:_LARGE]]  # at least a token each: enough for both probes
+    return [groups[int(i)] for i in longest[: _PROBES["cuda"][1]]]  # at least a token each: enough for any probe
 
 
 def _first_tokens(groups: Sequence[CompletionGroup], tokens: int) -> list[CompletionGroup]:
@@ -173,9 +191,12 @@ def free_bytes(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return on_device + unused
     free = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    group = Path("/sys/fs/cgroup")
+    limit, used = group / "memory.max", group / "memory.current"
     if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
-        free = min(free, int(most) - int(used.read_text()))
+        numbers = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # Pages of files read once count as used, and are given up when anything else wants the memory.
+        free = min(free, int(most) - int(used.read_text()) + int(numbers["inactive_file"]))
     return max(0, free)
 
 

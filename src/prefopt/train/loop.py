@@ -114,12 +114,12 @@ def fit(
     optimizer = make_optimizer(config.optimizer, masters.parameters, lr=objective.lr, weight_decay=config.weight_decay)
     state = _State(run, config, policy, masters, optimizer)
     start = state.restore()
+    budget = state.tokens_per_batch = min(objective.tokens_per_batch, state.tokens_per_batch)
     if start or run.metrics():
         run.rewind(start)
         health.recall(run.metrics())
         run.event("resumed", step=start)
         say(f"resumed at step {start} of {steps}")
-    budget = objective.tokens_per_batch
     evaluations = _marks(steps, config.eval_every) | {0}
     saves = _marks(steps, config.save_every)
     with _Interruption() as interruption, progress(objective.label, total=steps, unit="steps") as bar:
@@ -158,9 +158,9 @@ def fit(
                 raise
             seconds = time.perf_counter() - began
             if result.tokens_per_batch < budget:
-                budget = result.tokens_per_batch
+                budget = state.tokens_per_batch = result.tokens_per_batch
                 warn(f"memory ran out at step {step}: micro-batches of {budget:,} tokens from here on, the same steps")
-                run.event("budget", step=step, tokens=budget)
+                run.event("memory_ran_out", step=step, tokens=budget)
             metrics = _train_metrics(result, lr, seconds, len(rows), objective.unit)
             _log(run, health, step, "train", metrics)
             bar.advance(1, note=f"loss {result.loss:.4f}")
@@ -219,6 +219,7 @@ class _State:
         self.keep = config.keep_checkpoints
         self.masters = masters
         self.optimizer = optimizer
+        self.tokens_per_batch = sys.maxsize  # smaller once memory has run out
         self.names = [name for name, p in policy.named_parameters() if p.requires_grad]
 
     def save(self, step: int) -> None:
@@ -231,7 +232,7 @@ class _State:
                 "optimizer": tensors,
                 "rng": rng_tensors(),
             },
-            state={"optimizer": scalars},
+            state={"optimizer": scalars, "tokens_per_batch": self.tokens_per_batch},
             keep=self.keep,
         )
         self.run.event("saved", step=step)
@@ -247,4 +248,5 @@ class _State:
         self.masters.refresh()
         load_optimizer_tensors(self.optimizer, checkpoint.tensors("optimizer"), checkpoint.state["optimizer"])
         restore_rng(checkpoint.tensors("rng"))
+        self.tokens_per_batch = checkpoint.state.get("tokens_per_batch", sys.maxsize)
         return checkpoint.step

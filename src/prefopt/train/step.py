@@ -15,6 +15,7 @@ from prefopt.data.pack import PackedBatch
 from prefopt.errors import MemoryFullError, NonFiniteError
 from prefopt.losses.total import LossTotal
 from prefopt.records import Source
+from prefopt.train.checkpoint import restore_rng, rng_tensors
 from prefopt.train.optimizer import Masters, gradient_norm
 
 __all__ = ["LossOf", "StepResult", "evaluate_loss", "train_step"]
@@ -60,18 +61,19 @@ def train_step(
         MemoryFullError: there is too little memory for one row at a time; no parameter has moved.
     """
     count = sum(count_of(g) for g in groups)
-    tally = None
+    tally, random = None, rng_tensors()
     while tally is None:
         masters.forget_gradients()
         parts = micro_batches(groups, tokens_per_batch)
         tally = _accumulate(parts, loss_of, count, device)
         if tally is None:
             masters.forget_gradients()
+            restore_rng(random)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             if len(parts) == len(groups):
                 raise _memory_full(groups)
-            tokens_per_batch //= 2
+            tokens_per_batch = min(tokens_per_batch, max(sum(g.tokens for g in part) for part in parts)) // 2
     norm = gradient_norm(masters.parameters)
     torch.nn.utils.clip_grads_with_norm_(masters.parameters, max_grad_norm, norm)
     grad_norm, summary = tally.read(norm)
@@ -79,7 +81,12 @@ def train_step(
     if not (math.isfinite(grad_norm) and summary.finite):
         masters.forget_gradients()
         raise _non_finite(tally, result, groups)
-    optimizer.step()
+    try:
+        optimizer.step()
+    except (RuntimeError, MemoryError) as error:  # its state is made before the first weight moves
+        if not _out_of_memory(error):
+            raise
+        raise _memory_full(groups) from error
     masters.refresh()
     return result
 
@@ -102,8 +109,9 @@ def _accumulate(
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """A CPU's allocator says so in words alone."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    """A CPU's allocator and CUDA's libraries say so in words alone."""
+    words = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 
 @torch.no_grad()
