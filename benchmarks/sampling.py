@@ -179,7 +179,7 @@ def contest(args: argparse.Namespace, who: str, name: str, shape: str) -> dict[s
 
 
 def _resident_gb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def main() -> None:

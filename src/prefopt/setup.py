@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -17,10 +18,11 @@ from prefopt.data.group import CompletionGroup
 from prefopt.data.order import split_by_prompt
 from prefopt.data.pack import pack
 from prefopt.data.read import read_records
-from prefopt.data.store import GroupStore
+from prefopt.data.store import GroupStore, token_counts
 from prefopt.data.tokenize import Renderer, tokenize
 from prefopt.errors import ConfigError, DataError
-from prefopt.model.load import LoadedModel, eos_ids, load_model, max_positions
+from prefopt.model.load import LoadedModel, eos_ids, load_model, row_positions, sliding_window
+from prefopt.model.logprobs import plain_model
 from prefopt.model.paths import PathChoice, choose_path
 from prefopt.progress import Bar, progress, say, warn
 from prefopt.records import Record
@@ -86,7 +88,7 @@ def read_groups(
     audit = Audit()
     records = read_records(config.data, audit=audit, columns=config.columns, split=config.split)
     say(f"data: {audit.format}")
-    limit = length_limit(config.max_length, max_positions(model.config))
+    limit = length_limit(config.max_length, row_positions(model.config))
     prompt_limit = config.max_prompt_length or limit // 2
     with progress("tokenize", total=len(records), unit="rows") as bar:
         taken = select(_counted(records, bar))
@@ -198,8 +200,16 @@ def begin_health(run: RunFolder, rows: Rows, beta: float | None, *, resumed: boo
 
 
 def check_path(model: torch.nn.Module, groups: Sequence[CompletionGroup], device: torch.device) -> PathChoice:
-    """Score the first rows both ways, say which path the run takes."""
+    """Score the first rows both ways, say which path the run takes.
+
+    Where the model has windows, a row longer than one is among them, if there is one.
+    """
+    window = sliding_window(plain_model(model).config)
     taken: list[CompletionGroup] = []
+    if window is not None:
+        lengths = token_counts(groups)
+        beyond = np.flatnonzero(lengths > window)
+        taken = [groups[int(beyond[np.argmin(lengths[beyond])])]] if len(beyond) else []
     for group in groups:
         if taken and sum(g.tokens for g in taken) + group.tokens > _CHECK_TOKENS:
             break

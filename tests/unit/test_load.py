@@ -19,7 +19,9 @@ from prefopt.model.load import (
     load_model,
     load_reference,
     load_tokenizer,
+    max_positions,
     merge,
+    row_positions,
     save_model,
     weights_fingerprint,
 )
@@ -331,3 +333,18 @@ def test_every_end_of_text_is_known(folder: Path) -> None:
     (folder / "generation_config.json").unlink()
     edit(folder / "config.json", eos_token_id=[5])
     assert eos_ids(str(folder), tokenizer) == {1, 5}
+
+
+def test_rows_stay_where_one_does_not_change_another() -> None:
+    """Beyond the original length LongRoPE takes other frequencies for the whole batch."""
+    longrope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 64,
+    }
+    config = model_of("Phi-3").config
+    assert row_positions(config) == max_positions(config) == 128
+    config.rope_parameters = longrope
+    assert (row_positions(config), max_positions(config)) == (64, 128)

@@ -38,7 +38,9 @@ __all__ = [
     "load_tokenizer",
     "max_positions",
     "merge",
+    "row_positions",
     "save_model",
+    "sliding_window",
     "weights_fingerprint",
 ]
 
@@ -349,6 +351,25 @@ def max_positions(config: PretrainedConfig) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
+
+
+def row_positions(config: PretrainedConfig) -> int | None:
+    """Longest row whose log-probability is its own affair; None where nothing bounds it.
+
+    LongRoPE (Phi) takes other frequencies for a whole forward pass once its longest row is beyond
+    `original_max_position_embeddings`: such a row would change those it shares a batch with.
+    """
+    inner = config.get_text_config()
+    rope = getattr(inner, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or getattr(inner, "original_max_position_embeddings", None)
+    limits = [max_positions(config), original if rope.get("rope_type") == "longrope" else None]
+    return min((limit for limit in limits if limit), default=None)
+
+
+def sliding_window(config: PretrainedConfig) -> int | None:
+    """How many positions back the model's windowed layers see, or None if it has none."""
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    return window if isinstance(window, int) and window > 0 else None
 
 
 def _quiet() -> None:

@@ -9,7 +9,7 @@ from prefopt.config import CheckConfig, DataConfig
 from prefopt.data.audit import Audit
 from prefopt.data.read import read_records
 from prefopt.data.tokenize import Renderer, tokenize
-from prefopt.model.load import eos_ids, load_config, load_tokenizer, max_positions
+from prefopt.model.load import eos_ids, load_config, load_tokenizer, row_positions
 from prefopt.progress import say
 from prefopt.records import Record
 from prefopt.setup import length_limit
@@ -39,7 +39,7 @@ def check(config: CheckConfig, *, as_json: bool = False) -> bool:
 def _tokenize(records: Iterable[Record], model: str, config: CheckConfig, audit: Audit) -> None:
     tokenizer, shape = load_tokenizer(model), load_config(model)
     renderer = Renderer(tokenizer, template=config.template, eos_ids=eos_ids(model, tokenizer))
-    limit = length_limit(config.max_length, max_positions(shape))
+    limit = length_limit(config.max_length, row_positions(shape))
     say(f"conversations: {renderer.description}; at most {limit} tokens")
     prompt_limit = config.max_prompt_length or limit // 2
     for _ in tokenize(records, renderer, max_length=limit, max_prompt_length=prompt_limit, audit=audit):
