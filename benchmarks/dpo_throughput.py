@@ -289,7 +289,9 @@ def contest(who: str, pairs: list[Pair], setting: Setting) -> dict[str, Any]:
 
 def baseline_gb() -> float:
     """Resident memory of a process that only imported torch and transformers, for scale."""
-    code = "import torch, transformers, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)"
+    code = (
+        "import torch, transformers, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)"
+    )
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 

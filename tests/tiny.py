@@ -3,9 +3,9 @@
 import json
 import random
 import string
-from typing import Any
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch

@@ -54,24 +54,30 @@ def test_kernels(dtype: torch.dtype, softcap: float | None, sinks: bool, window:
     sink = [torch.randn(4).to(dtype)] if sinks else []
     plain = [t.float().requires_grad_() for t in states + sink]
     on_card = [t.cuda().requires_grad_() for t in states + sink]
+    q, k, v, *s_aux = plain
     truth, _ = segment_attention(
         torch.nn.Identity(),
-        *plain[:3],
+        q,
+        k,
+        v,
         None,
         layout=batch.layout,
         scaling=0.3,
         sliding_window=window,
         softcap=softcap,
-        s_aux=plain[3] if sinks else None,
+        s_aux=s_aux[0] if sinks else None,
     )
+    q, k, v, *s_aux = on_card
     ours = cuda_attention(
-        *on_card[:3],
+        q,
+        k,
+        v,
         batch.to(torch.device("cuda")).layout,
         scaling=0.3,
         dropout=0.0,
         window=window,
         softcap=softcap,
-        sinks=on_card[3] if sinks else None,
+        sinks=s_aux[0] if sinks else None,
     )
     assert ours is not None, "no kernel took it"
     close(with_gradients(ours, on_card), with_gradients(truth, plain), TOLERANCE[dtype])
@@ -88,7 +94,7 @@ def test_the_head(dtype: torch.dtype, softcap: float | None) -> None:
         inputs = [t.to(device, kind).requires_grad_() for t in (hidden, weight)]
         out = target_logprobs(Head(inputs[1], None, 0.5, softcap), inputs[0], targets.to(device))
         results.append(with_gradients(out, inputs))
-    close(*results, TOLERANCE[dtype])
+    close(results[0], results[1], TOLERANCE[dtype])
 
 
 def on_both(architecture: str, dtype: torch.dtype) -> tuple[torch.nn.Module, torch.nn.Module, PackedBatch]:

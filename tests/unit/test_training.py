@@ -265,7 +265,7 @@ class Reads(TorchDispatchMode):
 
 
 def test_no_number_is_read_inside_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for the one transfer at its end. On a CPU torch reads tensors without a dispatch, so methods are counted, too."""
+    """But for the one transfer at its end. A CPU's tensors are read without a dispatch: methods are counted, too."""
     read: list[str] = []
 
     def count(name: str, method: Any) -> Callable[..., Any]:
@@ -364,8 +364,8 @@ def test_a_step_that_runs_out_of_memory_is_computed_in_smaller_parts(dtype: torc
         return result, masters.parameters, calls
 
     result, weights, calls = run(24, room=12)
-    expected, without_failure, _ = run(12, room=100)
-    assert result.tokens_per_batch == 12 and calls > len(groups)
+    expected, without_failure, _ = run(10, room=100)
+    assert result.tokens_per_batch == 10 and calls > len(groups)  # half of the largest part, not of the budget
     assert result == expected
     assert all(torch.equal(a, b) for a, b in zip(weights, without_failure, strict=True))
 
