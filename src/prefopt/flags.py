@@ -18,7 +18,15 @@ __all__ = ["with_flags_of"]
 
 C = TypeVar("C", bound=BaseModel)
 
-_FIRST = ("model", "data", "out", "beta")  # what everybody has to give stands first in the help
+_FIRST = ("model", "data", "out", "beta", "loss")  # what most people give stands first in the help
+# Fields that are given as NAME=VALUE: how help shows it, and what is expected.
+_MAPPINGS = {
+    "columns": (
+        "OURS=THEIRS...",
+        "our name, =, the name in the data, such as prompt=question chosen=best rejected=worst",
+    ),
+    "loss_options": ("NAME=VALUE...", "a parameter, =, its value, such as gamma=0.5"),
+}
 
 
 def with_flags_of(
@@ -41,8 +49,9 @@ def with_flags_of(
             path = flags.pop("config", None)
             if positional is not None:
                 flags[positional] = _positional(kind, positional, command.__name__, positionals)
-            if flags.get("columns") is not None:
-                flags["columns"] = _pairs(flags["columns"])
+            for name, (_, example) in _MAPPINGS.items():
+                if flags.get(name) is not None:
+                    flags[name] = _pairs(name, flags[name], example)
             config = parse_config(kind, None if path is None else Path(path), flags)
             try:
                 command(config, as_json)
@@ -115,7 +124,8 @@ def _flag(kind: type[BaseModel], name: str) -> object:
     shown: dict[str, Any] = {"name": flag_of(name), "help": _help(field, plain), "show_default": False}
     if plain is bool:
         return Annotated[bool | None, Parameter(**shown)]
-    shown |= {"metavar": _metavar(plain), "negative": (), "allow_leading_hyphen": plain in (int, float)}
+    metavar = _MAPPINGS[name][0] if name in _MAPPINGS else _metavar(plain)
+    shown |= {"metavar": metavar, "negative": (), "allow_leading_hyphen": plain in (int, float)}
     if get_origin(plain) in (tuple, dict):
         return Annotated[tuple[str, ...] | None, Parameter(**shown, consume_multiple=(1, None))]
     return Annotated[str | None, Parameter(**shown)]
@@ -140,8 +150,6 @@ def _help(field: FieldInfo, plain: Any) -> str:
 
 
 def _metavar(plain: Any) -> str:
-    if get_origin(plain) is dict:
-        return "OURS=THEIRS..."
     if get_origin(plain) is tuple:
         return "NAME..."
     if get_origin(plain) is Literal:
@@ -149,17 +157,17 @@ def _metavar(plain: Any) -> str:
     return {int: "N", float: "X", Path: "PATH", str: "NAME"}[plain]
 
 
-def _pairs(texts: tuple[str, ...]) -> dict[str, str]:
+def _pairs(flag: str, texts: tuple[str, ...], example: str) -> dict[str, str]:
     """`prompt=question` -> {"prompt": "question"}."""
     found: dict[str, str] = {}
     for text in texts:
         ours, equals, theirs = text.partition("=")
         if not (ours and equals and theirs) or ours in found:
             raise ConfigError(
-                "The column mapping cannot be read." if ours not in found else f"Column {ours} is mapped twice.",
-                where="flag --columns",
+                f"{flag_of(flag)} cannot be read." if ours not in found else f"{flag_of(flag)} names {ours} twice.",
+                where=f"flag {flag_of(flag)}",
                 got=text,
-                expected="our name, =, the name in the data, such as prompt=question chosen=best rejected=worst",
+                expected=example,
             )
         found[ours] = theirs
     return found

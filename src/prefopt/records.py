@@ -8,7 +8,7 @@ or `()`. Every record knows the row it came from.
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Comparison", "Content", "Demonstration", "Message", "Rating", "Record", "Role", "Source"]
+__all__ = ["Comparison", "Content", "Demonstration", "Message", "Ranking", "Rating", "Record", "Role", "Source"]
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -52,13 +52,17 @@ class Demonstration:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A prompt with two completions, one preferred; `weight` multiplies its loss."""
+    """A prompt with two completions, one preferred; `weight` multiplies its loss.
+
+    `probability` is a judge's that `chosen` is the better one.
+    """
 
     prompt: Content
     chosen: Content
     rejected: Content
     source: Source
     weight: float = 1.0
+    probability: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,17 @@ class Rating:
     completion: Content
     label: bool
     source: Source
+    weight: float = 1.0
 
 
-Record = Demonstration | Comparison | Rating
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """A prompt with two or more completions, the best first."""
+
+    prompt: Content
+    completions: tuple[Content, ...]
+    source: Source
+    weight: float = 1.0
+
+
+Record = Demonstration | Comparison | Rating | Ranking

@@ -117,6 +117,7 @@ def test_checkpointed_activations_change_nothing(inputs: Path, tmp_path: Path, w
         ("--lora-rank", "4", "--lora-dropout", "0.1", "--checkpoint-activations", "selective"),
         ("--lora-rank", "4", "--lora-dropout", "0.1", "--lora-targets", "q_proj", "lm_head"),
         ("--dtype", "bfloat16"),
+        ("--loss", "bco_pair", "--move-reference-every", "2", "--move-reference-share", "0.5"),
     ],
 )
 def test_interrupted_and_resumed_equals_uninterrupted(inputs: Path, tmp_path: Path, more: tuple[str, ...]) -> None:

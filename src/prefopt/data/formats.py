@@ -23,12 +23,15 @@ from prefopt.data.turns import (
     transcript_turns,
     transcripts,
 )
-from prefopt.records import Comparison, Content, Demonstration, Message, Rating, Record, Source
+from prefopt.records import Comparison, Content, Demonstration, Message, Ranking, Rating, Record, Source
 
 __all__ = ["COLUMNS", "RECOGNISED", "Parsed", "parse_row"]
 
 # Our names, which a column mapping may give to other columns.
-COLUMNS = ("prompt", "chosen", "rejected", "completion", "text", "messages", "label", "weight", "system")
+COLUMNS = (
+    *("prompt", "chosen", "rejected", "completion", "completions", "scores", "text", "messages"),
+    *("label", "weight", "probability", "system"),
+)
 RECOGNISED = frozenset((*COLUMNS, "conversations", "instruction", "input", "output", "history"))
 
 # Columns that hold the prompt in other people's files. Taking the common beginning of chosen and
@@ -120,16 +123,24 @@ class _Row:
     @property
     def weight(self) -> float:
         """The row's weight, 1 by default."""
-        if "weight" not in self:
+        return self._number("weight", math.inf, "a number of at least 0")
+
+    @property
+    def probability(self) -> float:
+        """A judge's probability that the chosen completion is the better one, 1 by default."""
+        return self._number("probability", 1.0, "a number from 0 to 1")
+
+    def _number(self, name: str, most: float, expected: str) -> float:
+        if name not in self:
             return 1.0
-        value = self["weight"]
+        value = self[name]
         try:
-            weight = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
+            number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
         except (ValueError, OverflowError):
-            weight = math.nan
-        if not (math.isfinite(weight) and weight >= 0):
-            raise Refusal("wrong_type", f"weight is {value!r:.40}, not a number of at least 0")
-        return weight
+            number = math.nan
+        if not (math.isfinite(number) and 0 <= number <= most):
+            raise Refusal("wrong_type", f"{name} is {value!r:.40}, not {expected}")
+        return number
 
     @property
     def label(self) -> bool:
@@ -160,12 +171,16 @@ def _record(row: _Row, source: Source) -> Record:
         sides = _two_outputs(row) if two_outputs and "chosen" not in row else _pair(row)
         sides = _with_system(row, sides)
         _check(sides)
-        return Comparison(sides.prompt, sides.completions[0], sides.completions[1], source, row.weight)
+        return Comparison(sides.prompt, sides.completions[0], sides.completions[1], source, row.weight, row.probability)
+    if "completions" in row:
+        sides = _with_system(row, _ranked(row))
+        _check(sides)
+        return Ranking(sides.prompt, sides.completions, source, row.weight)
     rated = "label" in row and any(name in row for name in ("completion", "messages", "conversations", "output"))
     sides = _with_system(row, _single(row, rated))
     _check(sides, ends=rated)
     if rated:
-        return Rating(sides.prompt, sides.completions[0], row.label, source)
+        return Rating(sides.prompt, sides.completions[0], row.label, source, row.weight)
     return Demonstration(sides.prompt, sides.completions[0], source, row.weight)
 
 
@@ -189,6 +204,26 @@ def _pair(row: _Row) -> _Sides:
     if "prompt" in row and not any(isinstance(s, str) and is_transcript(s) or _is_whole(s) for s in both):
         return _explicit(row, row.content(row["prompt"], "prompt"), both, "preference pairs", "chosen, rejected")
     return _implicit(row, both)
+
+
+def _ranked(row: _Row) -> _Sides:
+    """Prompt and completions, the best first: as they stand, or by their scores."""
+    row.layout = "rankings"
+    row.require("prompt")
+    values, scores = row["completions"], row.get("scores", None)
+    if not isinstance(values, list) or len(values) < 2:
+        raise Refusal("wrong_type", "completions is not a list of two or more")
+    contents = [row.content(value, f"completions[{i}]") for i, value in enumerate(values)]
+    names = "completions, the best first"
+    if scores is not None:
+        names = "completions with scores"
+        numbers = isinstance(scores, list) and all(type(s) in (int, float) and math.isfinite(s) for s in scores)
+        if not numbers or len(scores) != len(contents):
+            raise Refusal("wrong_type", f"scores is not a list of {len(contents)} numbers")
+        if len(set(scores)) < len(scores):
+            raise Refusal("tied_scores", "two completions have the same score, so neither is the better")
+        contents = [contents[i] for i in sorted(range(len(scores)), key=lambda i: -scores[i])]
+    return _explicit(row, row.content(row["prompt"], "prompt"), contents, "rankings", names)
 
 
 def _implicit(row: _Row, both: Sequence[Content]) -> _Sides:
@@ -344,9 +379,10 @@ def _with_system(row: _Row, sides: _Sides) -> _Sides:
 
 def _check(sides: _Sides, *, ends: bool = True) -> None:
     """Refuse a row with nothing to compare or to learn, or with turns out of order."""
-    if len(sides.completions) == 2 and sides.completions[0] == sides.completions[1]:
-        raise Refusal("identical_completions", "chosen and rejected are the same")
-    names = ("chosen", "rejected") if len(sides.completions) == 2 else ("the completion",)
+    k = len(sides.completions)
+    if len(set(sides.completions)) < k:
+        raise Refusal("identical_completions", "chosen and rejected are the same" if k == 2 else "two are the same")
+    names = {1: ["the completion"], 2: ["chosen", "rejected"]}.get(k, [f"number {i + 1}" for i in range(k)])
     for name, completion in zip(names, sides.completions, strict=True):
         turns = completion if isinstance(completion, tuple) else (Message("assistant", completion),)
         if not turns or not all(m.content.strip() for m in turns if m.role == "assistant"):

@@ -110,6 +110,7 @@ class PackedBatch:
         token_counts: Scored tokens per sequence.
         places: `group.place` of each group; an index that no table has where it stands in none.
         weights: Loss weight of each group.
+        labels: `group.label` of each group.
         truncated: 1 for each group with a cut completion, else 0.
         groups: The groups packed, in order.
     """
@@ -124,6 +125,7 @@ class PackedBatch:
     token_counts: Int[Tensor, " sequences"]
     places: Int[Tensor, " groups"]
     weights: Float[Tensor, " groups"]
+    labels: Float[Tensor, " groups"]
     truncated: Float[Tensor, " groups"]
     groups: tuple[CompletionGroup, ...]
 
@@ -204,6 +206,7 @@ def pack(groups: Sequence[CompletionGroup]) -> PackedBatch:
         token_counts=torch.from_numpy(counts),
         places=torch.tensor([_NOWHERE if g.place is None else g.place for g in groups]),
         weights=torch.tensor([g.weight for g in groups], dtype=torch.float32),
+        labels=torch.tensor([g.label for g in groups], dtype=torch.float32),
         truncated=torch.tensor([float(g.truncated) for g in groups]),
         groups=tuple(groups),
     )

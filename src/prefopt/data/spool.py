@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from prefopt.data.scratch import Scratch, no_room
-from prefopt.records import Comparison, Content, Demonstration, Record, Source
+from prefopt.records import Comparison, Content, Demonstration, Ranking, Record, Source
 
 __all__ = ["Earlier", "Records", "Seen", "identity"]
 
@@ -111,6 +111,8 @@ def identity(record: Record) -> tuple[bytes, bool]:
     if isinstance(record, Comparison):
         chosen, rejected = _digest(record.chosen), _digest(record.rejected)
         return _hash(b"pair", prompt, *sorted((chosen, rejected))), chosen < rejected
+    if isinstance(record, Ranking):
+        return _hash(b"rank", prompt, *map(_digest, record.completions)), True
     completion = _digest(record.completion)
     if isinstance(record, Demonstration):
         return _hash(b"show", prompt, completion), True

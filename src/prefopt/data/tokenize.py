@@ -18,7 +18,7 @@ from prefopt.data.fit import fit
 from prefopt.data.group import Completion, CompletionGroup
 from prefopt.data.template import ChatWriter, Opening, Piece, PlainWriter, Writer, pieces, special_tokens
 from prefopt.errors import ConfigError, DataError, ModelError
-from prefopt.records import Comparison, Content, Message, Record
+from prefopt.records import Comparison, Content, Message, Ranking, Rating, Record
 
 __all__ = ["Renderer", "Rendering", "tokenize"]
 
@@ -243,7 +243,8 @@ class Renderer:
                 for c in made
             ),
             record.source,
-            getattr(record, "weight", 1.0),
+            record.weight,
+            label=_label(record),
         )
 
     def _completion(
@@ -326,7 +327,15 @@ def _leading_turns(
     return prompt, completions
 
 
+def _label(record: Record) -> float:
+    if isinstance(record, Rating):
+        return float(record.label)
+    return record.probability if isinstance(record, Comparison) else 1.0
+
+
 def _completions(record: Record) -> tuple[Content, ...]:
+    if isinstance(record, Ranking):
+        return record.completions
     return (record.chosen, record.rejected) if isinstance(record, Comparison) else (record.completion,)
 
 

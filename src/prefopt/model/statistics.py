@@ -25,6 +25,7 @@ class TargetStatistics:
             the same for tokens that tie.
         top: The token of the highest logit; of tied ones, one of them.
         kl: KL(p || q) to the other head's distribution, nats.
+        collision: log sum over tokens of p(token)^2: that two draws coincide, nats.
     """
 
     logprob: Float[Tensor, " targets"]
@@ -32,6 +33,7 @@ class TargetStatistics:
     rank: Int[Tensor, " targets"] | None
     top: Int[Tensor, " targets"] | None
     kl: Float[Tensor, " targets"] | None
+    collision: Float[Tensor, " targets"] | None
 
 
 @torch.no_grad()
@@ -44,6 +46,7 @@ def target_statistics(
     rank: bool = False,
     top: bool = False,
     against: tuple[Head, Float[Tensor, "targets others"]] | None = None,
+    collision: bool = False,
 ) -> TargetStatistics:
     """Log-probabilities and whatever else is asked for, in one pass.
 
@@ -51,7 +54,7 @@ def target_statistics(
         against: Head and hidden states of q; the vocabulary is the same.
     """
     others = logit_blocks(*against) if against is not None else None
-    found: dict[str, list[Tensor]] = {name: [] for name in ("logprob", "entropy", "rank", "top", "kl")}
+    found: dict[str, list[Tensor]] = {name: [] for name in ("logprob", "entropy", "rank", "top", "kl", "collision")}
     for rows, logits in logit_blocks(head, hidden):
         at = targets[rows, None]
         highest, likeliest = logits.max(dim=1, keepdim=True) if top else (logits.amax(dim=1, keepdim=True), None)
@@ -64,6 +67,8 @@ def target_statistics(
         weights = logits.exp()
         total = weights.sum(dim=1)
         found["logprob"].append((picked - highest)[:, 0] - total.log())
+        if collision:
+            found["collision"].append(_dot(weights, weights).log() - 2 * total.log())
         if entropy:
             found["entropy"].append(total.log() - _dot(weights, logits) / total)
         if others is not None:
@@ -83,6 +88,7 @@ def target_statistics(
         rank=joined("rank", rank, nobody),
         top=joined("top", top, nobody),
         kl=joined("kl", against is not None, nothing),
+        collision=joined("collision", collision, nothing),
     )
 
 

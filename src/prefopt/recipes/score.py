@@ -28,7 +28,7 @@ def score(config: ScoreConfig) -> int:
 
     A line has `row` and `file`, and per completion `logps/*` and `tokens/*`; with a reference also
     `ref_logps/*` and `rewards/*` = beta * (logps - ref_logps). Completions are called `chosen` and
-    `rejected` in pairs, `completion` elsewhere.
+    `rejected` in pairs, `completion` where there is one, and 1, 2, ... in rankings.
     """
     device, dtype = device_and_dtype(config.dtype)
     loaded, renderer = load(config, dtype, device)
@@ -78,7 +78,8 @@ def _lines(
 ) -> Iterator[dict[str, object]]:
     beta = config.beta if config.beta is not None else 1.0
     for number, group in enumerate(groups):
-        names = ("chosen", "rejected") if len(group.completions) == 2 else ("completion",)
+        k = len(group.completions)
+        names = {1: ["completion"], 2: ["chosen", "rejected"]}.get(k, [str(place + 1) for place in range(k)])
         line: dict[str, object] = {"row": group.source.row, "file": group.source.file}
         for k, name in enumerate(names):
             own = float(logps[number, k])

@@ -12,7 +12,7 @@ from prefopt.model.logprobs import sequence_logprob_sum
 from prefopt.model.policy import make_policy
 from prefopt.outcome import Sampler, finish
 from prefopt.progress import say
-from prefopt.records import Comparison, Demonstration, Rating, Record
+from prefopt.records import Comparison, Demonstration, Ranking, Rating, Record
 from prefopt.run import RunFolder
 from prefopt.setup import begin_health, begin_run, check_path, device_and_dtype, load, manifest, read_groups, split_rows
 from prefopt.train.budget import training_budget
@@ -90,7 +90,7 @@ def _tokens(group: CompletionGroup) -> int:
 
 
 def _demonstrations(records: Iterable[Record]) -> Iterator[Record]:
-    """Demonstrations as they are; of a pair the chosen completion; ratings are refused by name."""
+    """Demonstrations as they are; of a pair or a ranking the best completion; ratings are refused by name."""
     pairs = 0
     for record in records:
         if isinstance(record, Rating):
@@ -104,6 +104,8 @@ def _demonstrations(records: Iterable[Record]) -> Iterator[Record]:
         if isinstance(record, Comparison):
             pairs += 1
             record = Demonstration(record.prompt, record.chosen, record.source, record.weight)
+        if isinstance(record, Ranking):
+            record = Demonstration(record.prompt, record.completions[0], record.source, record.weight)
         yield record
     if pairs:
         say(f"pairs: sft imitates the chosen completion of {pairs:,} pairs")

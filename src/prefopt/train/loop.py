@@ -9,12 +9,13 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from prefopt.config import TrainConfig
 from prefopt.data.group import CompletionGroup
@@ -51,6 +52,9 @@ class Objective:
         lr: Peak learning rate.
         max_grad_norm: Where the gradient norm is clipped.
         tokens_per_batch: Budget of a micro-batch.
+        prepare: Is given the rows of a training step before it is computed.
+        learn: Is given the metrics of every training step, those before a resumption first.
+        kept: Tensors besides the weights that change; a checkpoint holds them, a resumption puts them back.
     """
 
     label: str
@@ -62,6 +66,9 @@ class Objective:
     lr: float
     max_grad_norm: float
     tokens_per_batch: int
+    prepare: Callable[[Sequence[CompletionGroup]], None] = lambda _: None
+    learn: Callable[[Mapping[str, Any]], None] = lambda _: None
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class _Interruption:
@@ -112,7 +119,7 @@ def fit(
     training_mode = bool(config.lora_dropout)
     masters = Masters(policy.parameters())
     optimizer = make_optimizer(config.optimizer, masters.parameters, lr=objective.lr, weight_decay=config.weight_decay)
-    state = _State(run, config, policy, masters, optimizer)
+    state = _State(run, config, policy, masters, optimizer, objective.kept)
     start = state.restore()
     budget = state.tokens_per_batch = min(objective.tokens_per_batch, state.tokens_per_batch)
     if start or run.metrics():
@@ -120,6 +127,9 @@ def fit(
         health.recall(run.metrics())
         run.event("resumed", step=start)
         say(f"resumed at step {start} of {steps}")
+    for line in run.metrics():
+        if line["split"] == "train":
+            objective.learn(line)
     evaluations = _marks(steps, config.eval_every) | {0}
     saves = _marks(steps, config.save_every)
     with _Interruption() as interruption, progress(objective.label, total=steps, unit="steps") as bar:
@@ -142,6 +152,7 @@ def fit(
                 parameters["lr"] = lr
             policy.train(training_mode)
             began = time.perf_counter()
+            objective.prepare(rows)
             try:
                 result = train_step(
                     rows,
@@ -163,6 +174,7 @@ def fit(
                 run.event("memory_ran_out", step=step, tokens=budget)
             metrics = _train_metrics(result, lr, seconds, len(rows), objective.unit)
             _log(run, health, step, "train", metrics)
+            objective.learn(metrics)
             bar.advance(1, note=f"loss {result.loss:.4f}")
 
 
@@ -214,8 +226,10 @@ class _State:
         policy: torch.nn.Module,
         masters: Masters,
         optimizer: torch.optim.Optimizer,
+        kept: Mapping[str, Tensor],
     ) -> None:
         self.run = run
+        self.kept = kept
         self.keep = config.keep_checkpoints
         self.masters = masters
         self.optimizer = optimizer
@@ -231,6 +245,7 @@ class _State:
                 "weights": dict(zip(self.names, self.masters.parameters, strict=True)),
                 "optimizer": tensors,
                 "rng": rng_tensors(),
+                **({"kept": self.kept} if self.kept else {}),
             },
             state={"optimizer": scalars, "tokens_per_batch": self.tokens_per_batch},
             keep=self.keep,
@@ -248,5 +263,9 @@ class _State:
         self.masters.refresh()
         load_optimizer_tensors(self.optimizer, checkpoint.tensors("optimizer"), checkpoint.state["optimizer"])
         restore_rng(checkpoint.tensors("rng"))
+        if self.kept:
+            saved = checkpoint.tensors("kept")
+            for name, tensor in self.kept.items():
+                tensor.copy_(saved[name])
         self.tokens_per_batch = checkpoint.state.get("tokens_per_batch", sys.maxsize)
         return checkpoint.step
