@@ -5,15 +5,16 @@
 
 SFT on stories, four continuations of each of 500 openings, ranked by the mean valence of their words
 in the VADER lexicon: the best against the worst as a pair, the same two as ratings, all that differ as
-a ranking. Every objective then starts from the same model with its paper's parameters and the same
-learning rate, epochs and rows in a step. Four fresh continuations of 200 openings that nobody trained
-on are measured, with intervals over openings; KL is the exact sequence KL along the trained model's
-samples. One seed; learning rates are not tuned to a loss, so this says what the defaults do, not
-which loss is best.
+a ranking; sppo_soft is told sigmoid(difference of valence) as a judge's probability. Every objective
+then starts from the same model with its paper's parameters and the same learning rate, epochs and rows
+in a step. Four fresh continuations of 200 openings that nobody trained on are measured, with intervals
+over openings; KL is the exact sequence KL along the trained model's samples. One seed; learning rates
+are not tuned to a loss, so this says what the defaults do, not which loss is best.
 """
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -87,15 +88,21 @@ def main() -> None:
     loaded = load_model(str(base.path), dtype=torch.float32, device=torch.device("cpu"))
     drawn = draw(loaded, prompts[:TRAIN], 4, max_new_tokens=NEW_TOKENS, seed=SEED, label="sampling")
     pairs, _ = pairs_from_samples(prompts[:TRAIN], drawn, reward)
+
+    def judged(pair: dict[str, str]) -> float:
+        chosen, rejected = (reward(pair["prompt"] + pair[side]) for side in ("chosen", "rejected"))
+        return 1 / (1 + math.exp(rejected - chosen))
+
     data = {
         "pairs": write(args.out / "pairs.jsonl", pairs),
+        "judged": write(args.out / "judged.jsonl", [{**pair, "probability": judged(pair)} for pair in pairs]),
         "ratings": write(args.out / "ratings.jsonl", ratings(pairs)),
         "rankings": write(args.out / "rankings.jsonl", rankings(prompts[:TRAIN], drawn, reward)),
     }
     print("\n| loss | beta | valence gained | win rate | KL, nats | tokens after | training, s |")
     print("|---|---|---|---|---|---|---|", flush=True)
     for name in args.only:
-        kind = OBJECTIVES[name].rows
+        kind = "judged" if name == "sppo_soft" else OBJECTIVES[name].rows
         config = DPOConfig(
             model=str(base.path),
             data=(data[kind],),

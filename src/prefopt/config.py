@@ -265,13 +265,15 @@ class DPOConfig(TrainConfig):
     def _loss_as_terms(cls, value: Any) -> Any:
         if value is None:
             return value
-        terms = [value] if isinstance(value, str | dict) else list(value)
+        terms = [value] if isinstance(value, str | dict) else value
+        if not isinstance(terms, list | tuple) or not all(isinstance(term, str | dict) for term in terms):
+            raise ValueError("a name, or a list of names and of mappings with a name")
         return tuple(_term_as_written(term) for term in terms)
 
     @field_validator("beta")
     @classmethod
     def _beta_where_there_is_a_reference(cls, value: float | None, info: Any) -> float | None:
-        if value is None and any(map(needs_beta, info.data.get("loss") or _DPO)):
+        if value is None and "loss" in info.data and any(map(needs_beta, info.data["loss"] or _DPO)):
             raise PydanticCustomError("missing", "beta is missing")
         return value
 
@@ -304,11 +306,11 @@ class DPOConfig(TrainConfig):
         if self.move_reference_every is not None:
             if self.lora_rank is not None:
                 raise ValueError("move_reference_every cannot be had with lora_rank: an adapter's base stays as it is")
-            for term in terms:
-                if term.name not in MOVABLE:
-                    raise ValueError(
-                        f"move_reference_every does nothing with loss {term.name}; it is for {', '.join(MOVABLE)}"
-                    )
+            names = " + ".join(term.name for term in terms)
+            if not any(term.name in MOVABLE for term in terms) or "ld_dpo" in names:
+                raise ValueError(
+                    f"move_reference_every cannot be had with loss {names}; it is for {', '.join(MOVABLE)}"
+                )
         if self.pair_weights == "wpo":
             for term in terms:
                 if term.rows != "pairs" or not term.weighted:

@@ -6,7 +6,7 @@ The function of the same name in `prefopt.losses` has the equation, and the sour
 import difflib
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 __all__ = ["MOVABLE", "OBJECTIVES", "Rows", "Term", "names_taking", "needs_beta", "terms_of"]
 
@@ -125,6 +125,12 @@ class FDPO(Term):
     alpha: Annotated[float, Field(gt=0, lt=1)] | None = None
     label_smoothing: _Smoothing = 0.0
 
+    @model_validator(mode="after")
+    def _alpha_with_its_divergence(self) -> "FDPO":
+        if (self.divergence == "alpha") != (self.alpha is not None):
+            raise ValueError("alpha goes with divergence alpha, and the other way round")
+        return self
+
 
 class LengthNormalizedDPO(Term):
     """Rewards per token."""
@@ -139,7 +145,7 @@ class RDPO(Term):
 
     name: Literal["r_dpo"] = "r_dpo"
     beta: _Positive
-    alpha: float = 0.01
+    alpha: _NotNegative = 0.01
     label_smoothing: _Smoothing = 0.0
 
 
@@ -175,7 +181,7 @@ class AlphaPO(Term):
     name: Literal["alpha_po"] = "alpha_po"
     beta: _Positive = 2.5
     gamma: _NotNegative = 0.25
-    alpha: float = 0.25
+    alpha: Annotated[float, Field(ge=-10, le=10)] = 0.25
     label_smoothing: _Smoothing = 0.0
 
 
@@ -214,7 +220,7 @@ class Unlikelihood(Term):
 
 
 class SFT(Term):
-    """Likelihood of the chosen completion, per token: Preferred-FT, and the term of RPO and MPO."""
+    """Mean log-likelihood of a token of the chosen completion, every pair alike: the term of RPO and MPO."""
 
     name: Literal["sft"] = "sft"
 
@@ -289,6 +295,8 @@ def _term(given: dict[str, Any], common: dict[str, Any]) -> Term:
         return kind.model_validate({**taken, **given})
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:
+            raise ValueError(f"loss {given['name']}: {first['msg'].removeprefix('Value error, ')}") from None
         name = str(first["loc"][0])
         shown = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
         raise ValueError(f"loss {given['name']}: {name} is {first['input']!r}, but should be {shown}") from None

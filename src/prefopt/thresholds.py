@@ -19,6 +19,7 @@ from prefopt.data.feed import feed
 from prefopt.data.group import Completion, CompletionGroup
 from prefopt.data.pack import PackedBatch
 from prefopt.data.store import GroupStore
+from prefopt.errors import DataError
 from prefopt.losses import kto_kl
 from prefopt.objectives import Term
 from prefopt.preference import inputs_of
@@ -37,10 +38,18 @@ class Thresholds:
         inputs: Names of the tensors the loss takes.
         twins: By split, where `kl` is among them.
         score: Sums under the policy of a batch.
+        policy: Switched to evaluation while it scores.
     """
 
-    def __init__(self, inputs: frozenset[str], terms: Sequence[Term], twins: Mapping[str, Twins], score: Score) -> None:
-        self._points = {name: _ReferencePoint(*made, score) for name, made in twins.items()}
+    def __init__(
+        self,
+        inputs: frozenset[str],
+        terms: Sequence[Term],
+        twins: Mapping[str, Twins],
+        score: Score,
+        policy: torch.nn.Module,
+    ) -> None:
+        self._points = {name: _ReferencePoint(*made, score, policy) for name, made in twins.items()}
         shifted = [term for term in terms if "reward_shift" in inputs_of([term])]
         self._shift = RewardShift(float(shifted[0].parameters["beta"])) if shifted else None
         self._kl: Tensor | None = torch.zeros(()) if "kl" in inputs else None
@@ -68,13 +77,30 @@ class Thresholds:
 
 
 def mismatched(groups: Sequence[CompletionGroup], max_length: int) -> GroupStore:
-    """Each group's prompt with the completion of the next one, cyclically, in the order of `groups`.
+    """Each group's prompt with the completion of the next group of another prompt, cyclically, in their order.
 
     A completion that does not fit behind the longer prompt loses its end; it is not trained on.
+
+    Raises:
+        DataError: there is one prompt only.
     """
 
+    def partner_of(i: int) -> Completion:
+        own = groups[i].prompt_ids
+        for step in range(1, len(groups)):
+            other = groups[(i + step) % len(groups)]
+            if not np.array_equal(other.prompt_ids, own):
+                return other.completions[0]
+        raise DataError(
+            "KTO measures against completions of other prompts, and there are none.",
+            where=str(groups[i].source),
+            got=f"{len(groups)} rows of one prompt",
+            expected="rows of two prompts or more on either side of the split",
+            todo="Add rows, or hold none out: --eval-share 0.",
+        )
+
     def made(i: int) -> CompletionGroup:
-        prompt, partner = groups[i], groups[(i + 1) % len(groups)].completions[0]
+        prompt, partner = groups[i], partner_of(i)
         room = max(1, max_length - len(prompt.prompt_ids))
         return replace(prompt, completions=(Completion(partner.ids[:room], partner.trainable[:room]),))
 
@@ -97,7 +123,9 @@ class _ReferencePoint:
         twins: GroupStore,
         reference: Float[Tensor, "rows 1"],
         score: Score,
+        policy: torch.nn.Module,
     ) -> None:
+        self._policy = policy
         self._twins, self._reference = twins, reference
         self._number_of = {int(place): number for number, place in enumerate(rows.places)}
         self._score = score
@@ -108,9 +136,12 @@ class _ReferencePoint:
         numbers = [self._number_of[row.place] for row in rows if row.place is not None]
         twins = self._twins.take(np.array(numbers, dtype=np.int64))
         policy, reference = [], []
+        training = self._policy.training
+        self._policy.eval()  # no dropout: it is a constant
         for batch in feed(batches_by_length(twins, tokens_per_batch), self._reference.device):
             policy.append(self._score(batch))
             reference.append(self._reference[batch.places, 0])
+        self._policy.train(training)
         return kto_kl(policy=torch.cat(policy), reference=torch.cat(reference))
 
 

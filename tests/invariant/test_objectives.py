@@ -22,8 +22,8 @@ from prefopt.parse import parse_config
 from prefopt.preference import inputs_of, needs_reference
 from prefopt.recipes.dpo import train
 from prefopt.records import Demonstration, Source
-from prefopt.thresholds import RewardShift
-from tiny import save_tiny_model, write_pairs
+from prefopt.thresholds import RewardShift, mismatched
+from tiny import completion, group, save_tiny_model, write_pairs
 
 BETA = {"sppo_hard": 0.001, "sppo_soft": 0.001, "length_normalized_dpo": 5.0}
 OPTIONS: dict[str, dict[str, Any]] = {"f_dpo": {"divergence": "alpha", "alpha": 0.5}}
@@ -35,6 +35,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny_model(folder / "model")
     write_pairs(folder / "pairs.jsonl", 24)
     pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    write(folder / "soft.jsonl", [{**p, "probability": 0.9} for p in pairs])
     ratings = [
         {"prompt": p["prompt"], "completion": p["chosen" if i % 3 else "rejected"], "label": bool(i % 3)}
         for i, p in enumerate(pairs)
@@ -84,7 +85,7 @@ def term(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_trains(name: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = str(inputs / f"{OBJECTIVES[name].rows}.jsonl")
+    data = str(inputs / f"{'soft' if name == 'sppo_soft' else OBJECTIVES[name].rows}.jsonl")
     lines = run(inputs, tmp_path / "run", tmp_path / "cache", monkeypatch, loss=[term(name)], data=data)
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert lines[2]["loss"] < lines[0]["loss"], "three steps at a large rate on the same kind of pairs"
@@ -227,6 +228,11 @@ def test_the_reward_shift_is_the_mean_of_the_steps_before(
 ) -> None:
     """bco_pair's first step has none; a large shift that is learned changes the second step's loss."""
     lines = run(inputs, tmp_path / "run", tmp_path / "cache", monkeypatch, loss="bco_pair", beta=0.1)
+    with monkeypatch.context() as without_learning:
+        without_learning.setattr(RewardShift, "learn", lambda *_: None)
+        without = run(inputs, tmp_path / "without", tmp_path / "cache", monkeypatch, loss="bco_pair", beta=0.1)
+    assert lines[1]["loss"] == without[1]["loss"], "the first step moved both sides by nothing yet"
+    assert lines[2]["loss"] != without[2]["loss"]
     assert lines[0]["loss"] == pytest.approx(2 * math.log(2), abs=1e-5)
     shift = RewardShift(0.1)
     assert shift.value == 0
@@ -292,7 +298,9 @@ def test_a_reference_that_moves(inputs: Path, tmp_path: Path, monkeypatch: pytes
     [
         ({"move_reference_share": 0.5}, "does nothing without move_reference_every"),
         ({"move_reference_every": 2, "lora_rank": 2}, "cannot be had with lora_rank"),
-        ({"move_reference_every": 2, "loss": "simpo"}, "does nothing with loss simpo"),
+        ({"move_reference_every": 2, "loss": "simpo"}, "cannot be had with loss simpo"),
+        ({"loss": "f_dpo", "loss_options": {"alpha": 0.5}}, "alpha goes with divergence alpha"),
+        ({"loss": 5}, "a name, or a list of names"),
         ({"pair_weights": "wpo", "loss": "aot"}, "wpo does nothing with loss aot"),
         ({"loss": ["dpo", "kto"]}, "over different rows: dpo over pairs, kto over ratings"),
         ({"loss": ["dpo", "dpo=2"]}, "names an objective twice"),
@@ -305,3 +313,23 @@ def test_options_without_effect(settings: dict[str, Any], message: str) -> None:
     given = {"model": "m", "data": ("d",), "out": "o", "beta": "0.1", **settings}
     with pytest.raises(ConfigError, match=message):
         parse_config(DPOConfig, None, given)
+
+
+def test_a_probability_is_never_dropped(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = str(inputs / "soft.jsonl")
+    with pytest.raises(DataError, match="plackett_luce has no place for a row's probability"):
+        run(inputs, tmp_path / "pl", tmp_path, monkeypatch, loss="plackett_luce", beta=0.1, data=data)
+    with pytest.raises(DataError, match="no row has one"):
+        run(inputs, tmp_path / "hard", tmp_path, monkeypatch, loss="sppo_soft", beta=0.001)
+
+
+def test_twins_are_of_other_prompts() -> None:
+    groups = [group([1, 2], completion(5)), group([1, 2], completion(6)), group([3], completion(7))]
+    made = mismatched(groups, 100)
+    assert [(g.prompt_ids.tolist(), g.completions[0].ids.tolist()) for g in made] == [
+        ([1, 2], [7]),
+        ([1, 2], [7]),
+        ([3], [5]),
+    ]
+    with pytest.raises(DataError, match="other prompts"):
+        mismatched(groups[:2], 100)

@@ -277,6 +277,8 @@ def _explicit(row: _Row, prompt: Content, completions: Sequence[Content], kind: 
         raise Refusal("prompts_differ", "the prompt column is no user turn of the message lists")
     if len(whole) == 1:
         return _from_first_reply(whole[0])
+    if len(whole) > 2:
+        raise Refusal("wrong_type", "whole message lists under a prompt of text; give the prompt as messages, too")
     start, *rests = common_history(whole[0], whole[1])
     return _Sides(start, tuple(rests))
 

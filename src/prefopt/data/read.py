@@ -22,8 +22,8 @@ _MOST_COLUMNS = 200  # names of unused columns remembered for the message
 # A body named in a column mapping hides bodies of other layouts that the rows happen to have.
 _HIDDEN = {
     "text": RECOGNISED - {"text", "weight"},
-    "completion": frozenset({"chosen", "rejected", "messages", "conversations", "text"}),
-    "messages": frozenset({"text", "completion", "prompt", "conversations", "instruction"}),
+    "completion": frozenset({"chosen", "rejected", "completions", "messages", "conversations", "text"}),
+    "messages": frozenset({"text", "completion", "completions", "prompt", "conversations", "instruction"}),
 }
 
 

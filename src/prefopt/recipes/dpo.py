@@ -74,6 +74,13 @@ def train(config: DPOConfig, resumed: RunFolder | None = None) -> RunFolder:
     check_targets(loaded.model, config.lora_targets)
     selection = _Selection(config)
     groups, audit = read_groups(config, loaded.model, renderer, selection)
+    if "chosen_wins" in inputs_of(config.terms) and not selection.soft:
+        raise DataError(
+            "The loss sppo_soft is over a judge's probabilities, and no row has one.",
+            where=", ".join(config.data),
+            expected="a column probability: that the chosen completion is the better one",
+            todo="Use --loss sppo_hard, which takes the chosen one for certain.",
+        )
     rows = split_rows(config, groups, audit)
     reference = load_reference(config.reference, loaded, dtype, device) if config.reference else loaded
     run = begin_run(config, "dpo", rows, {**manifest(config, loaded), "reference": reference.fingerprint}, resumed)
@@ -110,9 +117,13 @@ def train(config: DPOConfig, resumed: RunFolder | None = None) -> RunFolder:
         say("the reference moves: its log-probabilities are computed in every step, their cache is not used")
         every, share = config.move_reference_every, config.move_reference_share
         moving = MovingReference(starting, policy, reference_path.path, every=every, share=share)
+    if any(term.name.startswith("aot") for term in config.terms):
+        say("aot compares sorted rewards within a micro-batch: here --tokens-per-batch is part of the result")
     health = begin_health(run, rows, _dpo_beta(config), resumed=resumed is not None)
-    loss = combined(config.terms)
-    thresholds = Thresholds(inputs, config.terms, twins, lambda batch: sequence_logprob_sum(policy, batch, path.path))
+    loss, unit = combined(config.terms), "pairs" if config.over == "pairs" else "rows"
+    thresholds = Thresholds(
+        inputs, config.terms, twins, lambda batch: sequence_logprob_sum(policy, batch, path.path), policy
+    )
 
     def loss_of(batch: PackedBatch) -> LossTotal:
         head, hidden = head_of(plain_model(policy)), target_hidden(policy, batch, path.path)
@@ -152,7 +163,7 @@ def train(config: DPOConfig, resumed: RunFolder | None = None) -> RunFolder:
         if kl_states is not None:
             kl = sequence_kl_sum(policy, kl_states, kl_batches, path.path)
             metrics["kl"] = float(kl.double().mean())
-        return {**metrics, **sampler.length(policy), config.over: len(rows.held_out)}
+        return {**metrics, **sampler.length(policy), unit: len(rows.held_out)}
 
     budget = training_budget(run, config.tokens_per_batch, policy, loss_of, rows.train, device)
     fit(
@@ -160,7 +171,7 @@ def train(config: DPOConfig, resumed: RunFolder | None = None) -> RunFolder:
         config,
         Objective(
             label="dpo",
-            unit=config.over,
+            unit=unit,
             loss_of=loss_of,
             count_of=_one,
             evaluate=evaluate if rows.held_out else None,
@@ -194,13 +205,13 @@ class _Selection:
 
     def __call__(self, records: Iterable[Record]) -> Iterator[Record]:
         for record in records:
+            if isinstance(record, Comparison) and record.probability != 1 and self._over != "ratings":
+                self._need(record, ("soft_labels", "chosen_wins"), f"probability {record.probability:g}")
+                self.soft = True
             if isinstance(record, Comparison) and self._over == "rankings":
                 record = Ranking(record.prompt, (record.chosen, record.rejected), record.source, record.weight)
             if not isinstance(record, _RECORDS[self._over]):
                 raise self._other(record)
-            if isinstance(record, Comparison) and record.probability != 1:
-                self._need(record, ("soft_labels", "chosen_wins"), f"probability {record.probability:g}")
-                self.soft = True
             if record.weight != 1:
                 self._need(record, ("weights",), f"weight {record.weight:g}")
             yield record
@@ -249,7 +260,10 @@ def _lengths(batch: PackedBatch, over: Rows) -> dict[str, torch.Tensor]:
     counts = batch.token_counts.float()
     if over == "pairs":
         return {"lengths/chosen": counts[0::2], "lengths/rejected": counts[1::2]}
-    return {"lengths/completion": counts} if over == "ratings" else {}
+    if over == "ratings":
+        return {"lengths/completion": counts}
+    own = counts.split([len(group.completions) for group in batch.groups])
+    return {"lengths/completion": torch.stack([each.mean() for each in own])}
 
 
 def _dpo_beta(config: DPOConfig) -> float | None:

@@ -28,7 +28,7 @@ def score(config: ScoreConfig) -> int:
 
     A line has `row` and `file`, and per completion `logps/*` and `tokens/*`; with a reference also
     `ref_logps/*` and `rewards/*` = beta * (logps - ref_logps). Completions are called `chosen` and
-    `rejected` in pairs, `completion` where there is one, and 1, 2, ... in rankings.
+    `rejected` in pairs, `completion` where there is one, and 1, 2, ... in rankings of three and more.
     """
     device, dtype = device_and_dtype(config.dtype)
     loaded, renderer = load(config, dtype, device)

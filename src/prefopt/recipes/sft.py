@@ -99,7 +99,7 @@ def _demonstrations(records: Iterable[Record]) -> Iterator[Record]:
                 where=str(record.source),
                 got="a completion with a label",
                 expected="demonstrations or pairs",
-                todo="Keep the rows whose label is true, without the label column.",
+                todo="`prefopt dpo --loss kto` takes them; or keep the rows whose label is true, without that column.",
             )
         if isinstance(record, Comparison):
             pairs += 1

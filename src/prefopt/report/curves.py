@@ -21,6 +21,7 @@ __all__ = ["Panel", "draw_panels"]
 
 Metrics = Sequence[Mapping[str, Any]]
 
+_NEAR_LN2 = 0.02
 _MOST_POINTS = 400  # of a training line; longer ones are averaged over neighbouring steps, and the page says so
 _MOST_DOTS = 24  # of a held-out line
 
@@ -90,7 +91,7 @@ _OTHER_LOSS = _Plan(
 _PLANS = (
     _Plan(
         "Accuracy",
-        "Share of pairs whose chosen completion has the higher implicit reward. Dotted: a coin. "
+        "Share of pairs (or rated or ranked rows) that the rewards order rightly. Dotted: a coin. "
         "Train at 1 with held-out falling: stop earlier.",
         {"rewards/accuracies": ""},
         level=(0.5, "chance"),
@@ -98,7 +99,7 @@ _PLANS = (
     ),
     _Plan(
         "Implicit rewards",
-        "Beta times the log-ratio to the reference. The distance between the lines is what is learnt; "
+        "What the loss compares; for DPO beta times the log-ratio to the reference. Their distance is what is learnt; "
         "both falling together is likelihood displacement.",
         {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
         level=(0.0, ""),
@@ -136,11 +137,9 @@ _PLANS = (
     _Plan("Length", "Scored tokens a completion in the data.", {"lengths/completion": ""}),
     _Plan(
         "Importance weight",
-        "Mean of sigmoid(\N{MINUS SIGN}margin): how much of its gradient a pair still gets. "
-        "Starts at 0.5; near 0 there is little left to learn.",
+        "How hard the gradient still pulls; for DPO the mean of sigmoid(\N{MINUS SIGN}margin), from 0.5 on. "
+        "Near 0 there is little left to learn.",
         {"importance_weight": ""},
-        level=(0.5, "no margin"),
-        limits=(0.0, 1.0),
     ),
     _Plan("Learning rate", "The schedule as it was run.", {"lr": ""}),
     _Plan(
@@ -163,7 +162,9 @@ def draw_panels(metrics: Metrics) -> list[Panel]:
     Metrics without a plan of their own get a plain panel under their own name.
     """
     names = {name for line in metrics for name, value in line.items() if isinstance(value, int | float)}
-    loss = _DPO_LOSS if "rewards/margins" in names else _OTHER_LOSS
+    first = next((line["loss"] for line in metrics if line.get("step") == 0 and "loss" in line), math.nan)
+    starts_at_ln2 = "rewards/margins" in names and abs(first - math.log(2)) < _NEAR_LN2
+    loss = _DPO_LOSS if starts_at_ln2 else _OTHER_LOSS
     planned = {name for plan in (loss, *_PLANS) for name in plan.lines}
     others = sorted(names - planned - _TOLD_ELSEWHERE)
     plans = [loss, *_PLANS, *(_Plan(name, "Logged under this name.", {name: ""}) for name in others)]

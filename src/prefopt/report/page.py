@@ -202,13 +202,14 @@ def _sentence(told: _Told) -> str:
 
 
 def _interval(line: Mapping[str, Any]) -> str:
-    """95% Wilson interval of the accuracy, where the line says of how many pairs it is."""
-    pairs = line.get("pairs")
+    """95% Wilson interval of the accuracy, where the line says of how many pairs or rows it is."""
+    unit = "pairs" if "pairs" in line else "rows"
+    pairs = line.get(unit)
     if not isinstance(pairs, int | float) or pairs < 1:
         return ""
     right = round(line["rewards/accuracies"] * pairs)
     interval = binomtest(right, int(pairs)).proportion_ci(0.95, method="wilson")
-    return f"95% interval {interval.low:.2f} to {interval.high:.2f}, {int(pairs):,} pairs"
+    return f"95% interval {interval.low:.2f} to {interval.high:.2f}, {int(pairs):,} {unit}"
 
 
 def _last_step(told: _Told) -> int:

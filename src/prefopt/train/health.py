@@ -155,7 +155,7 @@ class Health:
         if train is None or train < _LEARNT:
             return None
         fall = self._best_accuracy - held
-        if fall > _ACCURACY_FALL and fall * metrics.get("pairs", math.inf) > _PAIRS_FALL - 0.5:
+        if fall > _ACCURACY_FALL and fall * metrics.get("pairs", metrics.get("rows", math.inf)) > _PAIRS_FALL - 0.5:
             return (
                 f"accuracy is {train:.0%} on training pairs and fell from {self._best_accuracy:.0%} to {held:.0%} "
                 "on held-out pairs"
@@ -177,7 +177,8 @@ class Health:
         return f"the held-out loss rose from {self._best_loss:.3f} to {loss:.3f} while the training loss fell"
 
     def _kl(self, metrics: Mapping[str, float | int]) -> list[tuple[str, str]]:
-        lengths = [metrics[n] for n in ("lengths/chosen", "lengths/rejected") if metrics.get(n)]
+        names = ("lengths/chosen", "lengths/rejected", "lengths/completion")
+        lengths = [metrics[n] for n in names if metrics.get(n)]
         if "kl" not in metrics or not lengths:
             return []
         per_token = metrics["kl"] / (sum(lengths) / len(lengths))
