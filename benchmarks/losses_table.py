@@ -81,7 +81,7 @@ def main() -> None:
     texts = write(args.out / "stories.jsonl", [{"text": s} for s in stories[:300]])
     base = sft.train(
         SFTConfig(
-            model=str(args.data / "stories260k"), data=(texts,), out=args.out / "sft", lr=5e-4, seed=SEED, samples=0
+            model=str(args.data / "stories260k"), data=(texts,), out=args.out / "base", lr=5e-4, seed=SEED, samples=0
         )
     )
     prompts = openings(stories)

@@ -128,6 +128,7 @@ def rating_tensors(
         "policy": _by_sequence(batch, logprobs),
         "reference": reference[:, 0],
         "desirable": batch.labels > 0.5,
+        "soft_labels": torch.maximum(batch.labels, 1 - batch.labels),  # that `desirable` is right
         "weights": batch.weights,
     }
 

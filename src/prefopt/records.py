@@ -67,13 +67,17 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Rating:
-    """A prompt with one completion that somebody called good (`label`) or bad: an unpaired row."""
+    """A prompt with one completion that somebody called good (`label`) or bad: an unpaired row.
+
+    `probability` is a judge's that the label is right.
+    """
 
     prompt: Content
     completion: Content
     label: bool
     source: Source
     weight: float = 1.0
+    probability: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

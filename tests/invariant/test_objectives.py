@@ -333,3 +333,26 @@ def test_twins_are_of_other_prompts() -> None:
     ]
     with pytest.raises(DataError, match="other prompts"):
         mismatched(groups[:2], 100)
+
+
+def test_a_label_may_be_uncertain(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Good with probability 0.2 is bad with probability 0.8; at one half nothing is to be learnt at first."""
+    rows = [json.loads(line) for line in (inputs / "ratings.jsonl").read_text().splitlines()]
+    turned = [{**row, "label": not row["label"], "probability": 0.2} for row in rows]
+    data = {}
+    for name, made in (("right", [{**row, "probability": 0.8} for row in rows]), ("turned", turned)):
+        write(tmp_path / f"{name}.jsonl", made)
+        data[name] = run(
+            inputs,
+            tmp_path / name,
+            tmp_path,
+            monkeypatch,
+            loss="kto",
+            beta=0.1,
+            data=str(tmp_path / f"{name}.jsonl"),
+        )
+    sure = run(
+        inputs, tmp_path / "sure", tmp_path, monkeypatch, loss="kto", beta=0.1, data=str(inputs / "ratings.jsonl")
+    )
+    assert [m["loss"] for m in data["right"]] == pytest.approx([m["loss"] for m in data["turned"]], rel=1e-5)
+    assert data["right"][0]["grad_norm"] == pytest.approx(0.6 * sure[0]["grad_norm"], rel=1e-4)

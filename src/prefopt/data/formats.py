@@ -127,7 +127,7 @@ class _Row:
 
     @property
     def probability(self) -> float:
-        """A judge's probability that the chosen completion is the better one, 1 by default."""
+        """A judge's probability that the chosen completion is the better one, or a label right; 1 by default."""
         return self._number("probability", 1.0, "a number from 0 to 1")
 
     def _number(self, name: str, most: float, expected: str) -> float:
@@ -180,7 +180,7 @@ def _record(row: _Row, source: Source) -> Record:
     sides = _with_system(row, _single(row, rated))
     _check(sides, ends=rated)
     if rated:
-        return Rating(sides.prompt, sides.completions[0], row.label, source, row.weight)
+        return Rating(sides.prompt, sides.completions[0], row.label, source, row.weight, row.probability)
     return Demonstration(sides.prompt, sides.completions[0], source, row.weight)
 
 

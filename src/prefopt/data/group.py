@@ -29,7 +29,7 @@ class CompletionGroup:
     """A prompt (at least one token) with K completions; a pair is K=2, the chosen one first.
 
     `weight` multiplies the group's loss. `label` is the probability that the first completion is the
-    better one; of a single one that somebody rated, 1 if it is good and 0 if it is not. `source` names
+    better one; of a single one that somebody rated, the probability that it is good. `source` names
     the row it was made from. `truncated` says that a completion lost its end to the length limit.
     `place` is its number among the groups it was stored with (`data/store.py`), or None.
     """

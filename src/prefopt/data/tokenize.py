@@ -329,7 +329,7 @@ def _leading_turns(
 
 def _label(record: Record) -> float:
     if isinstance(record, Rating):
-        return float(record.label)
+        return record.probability if record.label else 1 - record.probability
     return record.probability if isinstance(record, Comparison) else 1.0
 
 

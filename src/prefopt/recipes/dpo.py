@@ -137,8 +137,10 @@ def train(config: DPOConfig, resumed: RunFolder | None = None) -> RunFolder:
             tensors = rating_tensors(batch, logprobs, known)
         else:
             tensors = ranking_tensors(batch, logprobs, known)
-        if selection.soft:
+        if selection.soft and config.over == "pairs":
             tensors["soft_labels"] = batch.labels
+        if not selection.soft:
+            tensors.pop("soft_labels", None)
         if config.pair_weights == "wpo":
             collision = target_statistics(head, hidden.detach(), batch.targets, collision=True).collision
             tensors["weights"] = batch.weights * wpo_weights(**wpo_tensors(batch, tensors, collision))
@@ -205,7 +207,7 @@ class _Selection:
 
     def __call__(self, records: Iterable[Record]) -> Iterator[Record]:
         for record in records:
-            if isinstance(record, Comparison) and record.probability != 1 and self._over != "ratings":
+            if isinstance(record, Comparison | Rating) and record.probability != 1:
                 self._need(record, ("soft_labels", "chosen_wins"), f"probability {record.probability:g}")
                 self.soft = True
             if isinstance(record, Comparison) and self._over == "rankings":
