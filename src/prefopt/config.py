@@ -231,7 +231,7 @@ class DPOConfig(TrainConfig):
     beta: Annotated[
         float | None,
         Field(
-            description="Strength of the pull to the reference; no default: 0.1 is the paper's. Without one: scale.",
+            description="Strength of the pull to the reference; no default: 0.1 is the paper's. Optional without one.",
             gt=0,
             validate_default=True,
         ),
