@@ -31,7 +31,20 @@ from typing import Any
 
 import torch
 
-from workload import BETA, MIXES, SHAPES, Pair, groups_of, matmul_flops, model, rows, rows_of_file, useful_flops, words
+from workload import (
+    BETA,
+    MIXES,
+    SHAPES,
+    Pair,
+    groups_of,
+    matmul_flops,
+    model,
+    padded_logprobs,
+    rows,
+    rows_of_file,
+    useful_flops,
+    words,
+)
 
 CONTESTANTS = ("prefopt", "plain padded", "trl tuned", "trl default")
 
@@ -125,32 +138,16 @@ def prefopt(pairs: list[Pair], setting: Setting) -> dict[str, Any]:
 
 
 def plain_padded(pairs: list[Pair], setting: Setting) -> dict[str, Any]:
-    policy, device, dtype = setting.policy(), setting.device, setting.dtype
+    policy, dtype = setting.policy(), setting.dtype
     masters = [p if dtype == torch.float32 else p.detach().float().requires_grad_() for p in policy.parameters()]
     optimizer = torch.optim.AdamW(masters, lr=1e-6, weight_decay=0.0)
 
-    def logprobs(part: list[Pair]) -> torch.Tensor:
-        """Chosen rows, then rejected rows, padded to the longest; full logits."""
-        sequences = [(p, c) for p, c, _ in part] + [(p, r) for p, _, r in part]
-        longest = max(len(p) + len(c) for p, c in sequences)
-        ids = torch.zeros(len(sequences), longest, dtype=torch.long)
-        mask, scored = torch.zeros_like(ids), torch.zeros_like(ids)
-        for i, (p, c) in enumerate(sequences):
-            ids[i, : len(p) + len(c)] = torch.tensor(p + c)
-            mask[i, : len(p) + len(c)] = 1
-            scored[i, len(p) : len(p) + len(c)] = 1
-        ids, mask, scored = ids.to(device), mask.to(device), scored.to(device)
-        logits = policy(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-        picked = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-        total: torch.Tensor = (picked * scored[:, 1:]).sum(1)
-        return total
-
     with torch.no_grad():
-        reference = [logprobs([pair]) for pair in pairs]
+        reference = [padded_logprobs(policy, [pair]) for pair in pairs]
 
     def step(start: int) -> tuple[float, float]:
         part = pairs[start : start + setting.batch]
-        sums, known = logprobs(part), torch.stack(reference[start : start + setting.batch])
+        sums, known = padded_logprobs(policy, part), torch.stack(reference[start : start + setting.batch])
         n = len(part)
         margin = BETA * ((sums[:n] - known[:, 0]) - (sums[n:] - known[:, 1]))
         loss = -torch.nn.functional.logsigmoid(margin).mean()

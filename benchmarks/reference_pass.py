@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from datetime import date
 from importlib.metadata import version
@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from workload import BETA, MIXES, SHAPES, Pair, groups_of, model, rows, words
+from workload import BETA, MIXES, SHAPES, Pair, groups_of, model, padded_logprobs, rows, words
 
 CONTESTANTS = ("prefopt", "prefopt again", "padded", "padded, sorted", "trl")
 
@@ -71,30 +71,16 @@ def prefopt(pairs: list[Pair], args: argparse.Namespace, *, again: bool) -> Call
 
 def padded(pairs: list[Pair], args: argparse.Namespace, *, by_length: bool) -> Callable[[], float]:
     """Chosen rows, then rejected rows, padded to the longest of the batch; full logits."""
-    device = torch.device(args.device)
     reference = model(args.shape, getattr(torch, args.dtype), args.device).eval()
     if by_length:
         pairs = sorted(pairs, key=lambda pair: -len(pair[0]) - max(len(pair[1]), len(pair[2])))
 
     @torch.no_grad()
-    def logprobs(part: Sequence[Pair]) -> torch.Tensor:
-        sequences = [(p, c) for p, c, _ in part] + [(p, r) for p, _, r in part]
-        longest = max(len(p) + len(c) for p, c in sequences)
-        ids = torch.zeros(len(sequences), longest, dtype=torch.long)
-        mask, scored = torch.zeros_like(ids), torch.zeros_like(ids)
-        for i, (p, c) in enumerate(sequences):
-            ids[i, : len(p) + len(c)] = torch.tensor(p + c)
-            mask[i, : len(p) + len(c)] = 1
-            scored[i, len(p) : len(p) + len(c)] = 1
-        ids, mask, scored = ids.to(device), mask.to(device), scored.to(device)
-        logits = reference(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-        picked = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-        total: torch.Tensor = (picked * scored[:, 1:]).sum(1)
-        return total
-
     def run() -> float:
         starts = range(0, len(pairs), args.padded_batch)
-        return float(torch.cat([logprobs(pairs[s : s + args.padded_batch]) for s in starts]).double().mean())
+        return float(
+            torch.cat([padded_logprobs(reference, pairs[s : s + args.padded_batch]) for s in starts]).double().mean()
+        )
 
     return run
 

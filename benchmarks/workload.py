@@ -1,6 +1,6 @@
 """What every contestant of a benchmark is given: rows of known lengths, and models of known shapes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +103,24 @@ def model(shape: str, dtype: torch.dtype, device: str) -> LlamaForCausalLM:
     with torch.device(device):
         made: LlamaForCausalLM = LlamaForCausalLM(config).to(dtype)  # type: ignore[arg-type]
     return made
+
+
+def padded_logprobs(policy: torch.nn.Module, pairs: Sequence[Pair]) -> torch.Tensor:
+    """What plain code does: chosen rows, then rejected rows, padded to the longest; full logits; a sum a sequence."""
+    sequences = [(p, c) for p, c, _ in pairs] + [(p, r) for p, _, r in pairs]
+    longest = max(len(p) + len(c) for p, c in sequences)
+    ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+    mask, scored = torch.zeros_like(ids), torch.zeros_like(ids)
+    for i, (p, c) in enumerate(sequences):
+        ids[i, : len(p) + len(c)] = torch.tensor(p + c)
+        mask[i, : len(p) + len(c)] = 1
+        scored[i, len(p) : len(p) + len(c)] = 1
+    device = next(policy.parameters()).device
+    ids, mask, scored = ids.to(device), mask.to(device), scored.to(device)
+    logits = policy(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+    picked = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    total: torch.Tensor = (picked * scored[:, 1:]).sum(1)
+    return total
 
 
 def useful_flops(shape: str, pairs: list[Pair]) -> float:

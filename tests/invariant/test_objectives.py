@@ -17,13 +17,14 @@ from prefopt.data.audit import Audit
 from prefopt.data.tokenize import Renderer
 from prefopt.errors import ConfigError, DataError
 from prefopt.model.load import eos_ids, load_model
+from prefopt.moving import MovingReference
 from prefopt.objectives import OBJECTIVES
 from prefopt.parse import parse_config
 from prefopt.preference import inputs_of, needs_reference
 from prefopt.recipes.dpo import train
 from prefopt.records import Demonstration, Source
 from prefopt.thresholds import RewardShift, mismatched
-from tiny import completion, group, save_tiny_model, write_pairs
+from tiny import completion, group, model_of, save_tiny_model, write_pairs
 
 BETA = {"sppo_hard": 0.001, "sppo_soft": 0.001, "length_normalized_dpo": 5.0}
 OPTIONS: dict[str, dict[str, Any]] = {"f_dpo": {"divergence": "alpha", "alpha": 0.5}}
@@ -356,3 +357,26 @@ def test_a_label_may_be_uncertain(inputs: Path, tmp_path: Path, monkeypatch: pyt
     )
     assert [m["loss"] for m in data["right"]] == pytest.approx([m["loss"] for m in data["turned"]], rel=1e-5)
     assert data["right"][0]["grad_norm"] == pytest.approx(0.6 * sure[0]["grad_norm"], rel=1e-4)
+
+
+def test_a_reference_moves_once_before_a_step_that_is_begun_again() -> None:
+    """As after a failed step, whose checkpoint holds the reference as it had moved."""
+    reference, policy = model_of("Llama", seed=1), model_of("Llama", seed=2)
+    start = [p.detach().clone() for p in reference.parameters()]
+    moving = MovingReference(reference, policy, "shared", every=2, share=0.5)
+    moving.prepare()
+    moving.learn()
+    moving.prepare()
+    assert all(torch.equal(a, b) for a, b in zip(start, reference.parameters(), strict=True)), "not yet"
+    moving.learn()
+    moving.prepare()
+    kept = {name: tensor.clone() for name, tensor in moving.tensors.items()}
+    resumed = MovingReference(model_of("Llama", seed=1), policy, "shared", every=2, share=0.5)
+    for name, tensor in resumed.tensors.items():
+        tensor.copy_(kept[name])
+    for _ in range(2):
+        resumed.learn()
+    resumed.prepare()
+    now = [tensor for name, tensor in resumed.tensors.items() if name != "moved"]
+    for old, new, aim in zip(start, now, policy.parameters(), strict=True):
+        torch.testing.assert_close(new, (old + aim) / 2)
