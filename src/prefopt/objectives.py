@@ -307,4 +307,4 @@ def _without_effect(parameter: str, names: list[str]) -> str:
     if taking:
         return f"{parameter} does nothing with loss {' + '.join(names)}; it is a parameter of {', '.join(taking)}"
     known = sorted({f for name in names for f in OBJECTIVES[name].model_fields} - {"name", "weight"})
-    return f"loss {' + '.join(names)} has no parameter {parameter}; it has {', '.join(known) or 'none'}"
+    return f"{parameter} is no parameter of loss {' + '.join(names)}; it has {', '.join(known) or 'none'}"

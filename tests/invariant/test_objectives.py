@@ -301,6 +301,10 @@ def test_a_reference_that_moves(inputs: Path, tmp_path: Path, monkeypatch: pytes
         ({"move_reference_every": 2, "lora_rank": 2}, "cannot be had with lora_rank"),
         ({"move_reference_every": 2, "loss": "simpo"}, "cannot be had with loss simpo"),
         ({"loss": "f_dpo", "loss_options": {"alpha": 0.5}}, "alpha goes with divergence alpha"),
+        (
+            {"loss": "simpo", "loss_options": {"gama": 1}},
+            "loss_options gama is no parameter of loss simpo; it has beta",
+        ),
         ({"loss": 5}, "a name, or a list of names"),
         ({"pair_weights": "wpo", "loss": "aot"}, "wpo does nothing with loss aot"),
         ({"loss": ["dpo", "kto"]}, "over different rows: dpo over pairs, kto over ratings"),
