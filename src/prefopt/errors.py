@@ -5,6 +5,7 @@
     ├── DataError (ValueError)          a file or its rows cannot be used
     ├── ModelError (ValueError)         a model folder cannot be used
     ├── RunError (RuntimeError)         a run folder is taken, damaged or does not match
+    ├── RewardError (ValueError)        a reward function fails or does not give a number for each completion
     ├── EndpointError (RuntimeError)    a server refuses, fails, or answers in another form
     ├── MemoryFullError (MemoryError)   one row by itself is too large for the device
     └── NonFiniteError (ArithmeticError) a loss or gradient is NaN or infinite
@@ -21,6 +22,7 @@ __all__ = [
     "ModelError",
     "NonFiniteError",
     "PrefoptError",
+    "RewardError",
     "RunError",
 ]
 
@@ -78,6 +80,10 @@ class ModelError(PrefoptError, ValueError):
 
 class RunError(PrefoptError, RuntimeError):
     """A run folder is taken, damaged, or does not belong to what is asked of it."""
+
+
+class RewardError(PrefoptError, ValueError):
+    """A reward function cannot be found, fails, or does not give one finite number for each completion."""
 
 
 class EndpointError(PrefoptError, RuntimeError):

@@ -14,7 +14,7 @@ over the tiles, where on a CPU a tile's own product comes rounded. float64 model
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,11 @@ class Head:
     scale: float
     softcap: float | None
     adapter: HeadAdapter | None = None
+
+    def tempered(self, temperature: float) -> "Head":
+        """The head whose logits are this one's divided by `temperature`, cap included."""
+        cap = None if self.softcap is None else self.softcap / temperature
+        return replace(self, scale=self.scale / temperature, softcap=cap)
 
     def copied(self) -> "Head":
         """As it is now, whatever becomes of the model: detached copies, dropout off."""

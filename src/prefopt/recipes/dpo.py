@@ -54,7 +54,7 @@ from prefopt.setup import (
 from prefopt.thresholds import Thresholds, mismatched
 from prefopt.train.budget import forward_budget, training_budget
 from prefopt.train.loop import Objective, fit, total_steps
-from prefopt.train.step import evaluate_loss
+from prefopt.train.step import evaluate_loss, one_step
 
 __all__ = ["train"]
 
@@ -174,12 +174,10 @@ def train(config: DPOConfig, resumed: RunFolder | None = None) -> RunFolder:
         Objective(
             label="dpo",
             unit=unit,
-            loss_of=loss_of,
-            count_of=_one,
+            update=one_step(loss_of, _one, max_grad_norm=config.max_grad_norm, device=device),
             evaluate=evaluate if rows.held_out else None,
             batch=config.batch_pairs,
             lr=config.lr,
-            max_grad_norm=config.max_grad_norm,
             tokens_per_batch=budget,
             prepare=prepare,
             learn=learn,

@@ -17,7 +17,7 @@ from prefopt.run import RunFolder
 from prefopt.setup import begin_health, begin_run, check_path, device_and_dtype, load, manifest, read_groups, split_rows
 from prefopt.train.budget import training_budget
 from prefopt.train.loop import Objective, fit, total_steps
-from prefopt.train.step import evaluate_loss
+from prefopt.train.step import evaluate_loss, one_step
 
 __all__ = ["train"]
 
@@ -67,12 +67,10 @@ def train(config: SFTConfig, resumed: RunFolder | None = None) -> RunFolder:
         Objective(
             label="sft",
             unit="rows",
-            loss_of=loss_of,
-            count_of=_tokens,
+            update=one_step(loss_of, _tokens, max_grad_norm=config.max_grad_norm, device=device),
             evaluate=evaluate if rows.held_out else None,
             batch=config.batch_rows,
             lr=config.lr,
-            max_grad_norm=config.max_grad_norm,
             tokens_per_batch=budget,
         ),
         policy,

@@ -20,7 +20,7 @@ from torch import Tensor
 from prefopt.config import TrainConfig
 from prefopt.data.group import CompletionGroup
 from prefopt.data.order import rows_of_step, steps_per_epoch
-from prefopt.errors import MemoryFullError, NonFiniteError
+from prefopt.errors import MemoryFullError, NonFiniteError, RewardError
 from prefopt.progress import progress, say, warn
 from prefopt.run import RunFolder
 from prefopt.train.checkpoint import (
@@ -33,7 +33,7 @@ from prefopt.train.checkpoint import (
 )
 from prefopt.train.health import Health
 from prefopt.train.optimizer import Masters, learning_rate, make_optimizer
-from prefopt.train.step import LossOf, StepResult, train_step
+from prefopt.train.step import StepResult, Update
 
 __all__ = ["Objective", "fit"]
 
@@ -45,12 +45,10 @@ class Objective:
     Attributes:
         label: Name on the progress bar.
         unit: What a group is called in rates: "pairs" or "rows".
-        loss_of: Loss of a micro-batch.
-        count_of: What a group adds to the global count the loss is divided by.
+        update: Computes and makes an optimiser step on the rows it is given.
         evaluate: Metrics on held-out rows; None where nothing is held out.
         batch: Groups in an optimiser step.
         lr: Peak learning rate.
-        max_grad_norm: Where the gradient norm is clipped.
         tokens_per_batch: Budget of a micro-batch.
         prepare: Is given the rows of a training step before it is computed.
         learn: Is given the metrics of every training step, those before a resumption first.
@@ -59,12 +57,10 @@ class Objective:
 
     label: str
     unit: str
-    loss_of: LossOf
-    count_of: Callable[[CompletionGroup], int]
+    update: Update
     evaluate: Callable[[], dict[str, float]] | None
     batch: int
     lr: float
-    max_grad_norm: float
     tokens_per_batch: int
     prepare: Callable[[Sequence[CompletionGroup]], None] = lambda _: None
     learn: Callable[[Mapping[str, Any]], None] = lambda _: None
@@ -110,7 +106,7 @@ def fit(
     """Train `policy` in place on `groups`, from the run's last whole checkpoint if it has one.
 
     Raises:
-        NonFiniteError: after saving the last good state.
+        NonFiniteError, MemoryFullError, RewardError: after saving the last good state.
         SystemExit: 130 or 143 after SIGINT or SIGTERM, the state saved.
     """
     steps = total_steps(config, len(groups), objective.batch)
@@ -154,17 +150,8 @@ def fit(
             began = time.perf_counter()
             objective.prepare(rows)
             try:
-                result = train_step(
-                    rows,
-                    objective.loss_of,
-                    objective.count_of,
-                    optimizer,
-                    masters,
-                    tokens_per_batch=budget,
-                    max_grad_norm=objective.max_grad_norm,
-                    device=device,
-                )
-            except (NonFiniteError, MemoryFullError):
+                result = objective.update(rows, optimizer, masters, budget)
+            except (NonFiniteError, MemoryFullError, RewardError):
                 state.save(step)
                 raise
             seconds = time.perf_counter() - began

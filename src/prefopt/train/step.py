@@ -18,7 +18,7 @@ from prefopt.records import Source
 from prefopt.train.checkpoint import restore_rng, rng_tensors
 from prefopt.train.optimizer import Masters, gradient_norm
 
-__all__ = ["LossOf", "StepResult", "evaluate_loss", "train_step"]
+__all__ = ["LossOf", "StepResult", "Update", "evaluate_loss", "one_step", "train_step"]
 
 LossOf = Callable[[PackedBatch], LossTotal]
 
@@ -37,6 +37,32 @@ class StepResult:
     metrics: dict[str, float]
     tokens: int
     tokens_per_batch: int
+
+
+# Rows of a step, optimiser, masters and the budget of a micro-batch.
+Update = Callable[[Sequence[CompletionGroup], torch.optim.Optimizer, Masters, int], StepResult]
+
+
+def one_step(
+    loss_of: LossOf, count_of: Callable[[CompletionGroup], int], *, max_grad_norm: float, device: torch.device
+) -> Update:
+    """`train_step` with a fixed loss, as the loop calls it."""
+
+    def update(
+        groups: Sequence[CompletionGroup], optimizer: torch.optim.Optimizer, masters: Masters, tokens_per_batch: int
+    ) -> StepResult:
+        return train_step(
+            groups,
+            loss_of,
+            count_of,
+            optimizer,
+            masters,
+            tokens_per_batch=tokens_per_batch,
+            max_grad_norm=max_grad_norm,
+            device=device,
+        )
+
+    return update
 
 
 def train_step(

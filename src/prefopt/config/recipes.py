@@ -1,0 +1,136 @@
+"""The training recipes' own settings."""
+
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from prefopt.config.base import TrainConfig
+from prefopt.objectives import MOVABLE, Rows, Term, needs_beta, terms_of
+
+__all__ = ["DPOConfig", "SFTConfig"]
+
+
+class SFTConfig(TrainConfig):
+    """Supervised fine-tuning: maximise the log-likelihood of demonstrations."""
+
+    batch_rows: Annotated[int, Field(description="Rows in an optimiser step.", ge=1)] = 32
+    lr: Annotated[float, Field(description="Peak learning rate.", gt=0)] = 2e-5
+    max_grad_norm: Annotated[float, Field(description="Gradient norm is clipped to this.", gt=0)] = 1.0
+
+
+_DPO: tuple[dict[str, Any], ...] = ({"name": "dpo"},)
+
+
+class DPOConfig(TrainConfig):
+    """Direct Preference Optimization."""
+
+    loss: Annotated[
+        tuple[dict[str, Any], ...] | None,
+        Field(description="Objective, or several as NAME=WEIGHT (see docs/losses.md); default: dpo.", min_length=1),
+    ] = None
+    beta: Annotated[
+        float | None,
+        Field(
+            description="Strength of the pull to the reference; no default: 0.1 is the paper's. Optional without one.",
+            gt=0,
+            validate_default=True,
+        ),
+    ] = None
+    label_smoothing: Annotated[
+        float | None, Field(description="Probability that a pair's label is wrong; default: none.", ge=0, lt=0.5)
+    ] = None
+    loss_options: Annotated[
+        dict[str, Any] | None, Field(description="Further parameters of the objective, e.g. gamma=0.5.", min_length=1)
+    ] = None
+    pair_weights: Annotated[
+        Literal["given", "wpo"],
+        Field(description="given: the rows' own; wpo: less, too, for what the policy would hardly write."),
+    ] = "given"
+    reference: Annotated[str | None, Field(description="Reference model folder; default: the starting model.")] = None
+    move_reference_every: Annotated[
+        int | None, Field(description="Move the reference to the policy after so many steps (TR-DPO).", ge=1)
+    ] = None
+    move_reference_share: Annotated[
+        float, Field(description="How far it moves; 1: it becomes the policy.", gt=0, le=1)
+    ] = 1.0
+    batch_pairs: Annotated[int, Field(description="Pairs in an optimiser step.", ge=1)] = 64
+    lr: Annotated[float, Field(description="Peak learning rate.", gt=0)] = 1e-6
+    max_grad_norm: Annotated[float, Field(description="Gradient norm is clipped to this.", gt=0)] = 10.0
+    kl_rows: Annotated[
+        int, Field(description="Held-out pairs on which the exact KL to the reference is measured.", ge=0)
+    ] = 32
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _loss_as_terms(cls, value: Any) -> Any:
+        if value is None:
+            return value
+        terms = [value] if isinstance(value, str | dict) else value
+        if not isinstance(terms, list | tuple) or not all(isinstance(term, str | dict) for term in terms):
+            raise ValueError("a name, or a list of names and of mappings with a name")
+        return tuple(_term_as_written(term) for term in terms)
+
+    @field_validator("beta")
+    @classmethod
+    def _beta_where_there_is_a_reference(cls, value: float | None, info: Any) -> float | None:
+        if value is None and "loss" in info.data and any(map(needs_beta, info.data["loss"] or _DPO)):
+            raise PydanticCustomError("missing", "beta is missing")
+        return value
+
+    @cached_property
+    def terms(self) -> tuple[Term, ...]:
+        """The terms of the loss with their parameters."""
+        flat = {"beta": self.beta, "label_smoothing": self.label_smoothing}
+        common = {k: v for k, v in flat.items() if v is not None}
+        for name, value in (self.loss_options or {}).items():
+            if name in ("beta", "label_smoothing", "weight", "name"):
+                raise ValueError(f"loss_options is not the place of {name}: it is a setting of its own")
+            common[name] = value
+        try:
+            return terms_of(self.loss or _DPO, common)
+        except ValueError as error:
+            if str(error).startswith(tuple(self.loss_options or ())):
+                raise ValueError(f"loss_options {error}") from None
+            raise
+
+    @property
+    def over(self) -> Rows:
+        """What rows the loss is over."""
+        return self.terms[0].rows
+
+    @model_validator(mode="after")
+    def _every_parameter_has_an_effect(self) -> "DPOConfig":
+        terms = self.terms  # raises what is wrong with the loss itself
+        if self._changed("move_reference_share") and self.move_reference_every is None:
+            raise ValueError("move_reference_share does nothing without move_reference_every")
+        if self.move_reference_every is not None:
+            if self.lora_rank is not None:
+                raise ValueError("move_reference_every cannot be had with lora_rank: an adapter's base stays as it is")
+            names = " + ".join(term.name for term in terms)
+            if not any(term.name in MOVABLE for term in terms) or "ld_dpo" in names:
+                raise ValueError(
+                    f"move_reference_every cannot be had with loss {names}; it is for {', '.join(MOVABLE)}"
+                )
+        if self.pair_weights == "wpo":
+            for term in terms:
+                if term.rows != "pairs" or not term.weighted:
+                    raise ValueError(
+                        f"pair_weights wpo does nothing with loss {term.name}, which has no weights of pairs"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _kl_needs_held_out_pairs(self) -> "DPOConfig":
+        if self.kl_rows and self._changed("kl_rows") and not self.eval_share:
+            raise ValueError("kl_rows does nothing with eval_share 0")
+        return self
+
+
+def _term_as_written(term: Any) -> Any:
+    """`simpo` and `sft=0.2`, as on the command line, as the mapping that a file has."""
+    if not isinstance(term, str):
+        return term
+    name, equals, weight = term.partition("=")
+    return {"name": name, "weight": weight} if equals else {"name": name}
