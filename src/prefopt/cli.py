@@ -17,6 +17,7 @@ from prefopt.config import (
     CheckConfig,
     DPOConfig,
     MergeConfig,
+    PPOConfig,
     QuickstartConfig,
     ResumeConfig,
     ScoreConfig,
@@ -137,6 +138,19 @@ def sft(config: SFTConfig, as_json: bool) -> None:
 def dpo(config: DPOConfig, as_json: bool) -> None:
     """Direct Preference Optimization: train a policy on pairs of completions, one preferred."""
     from prefopt.recipes.dpo import train
+
+    _trained(train(config), as_json)
+
+
+@_command(
+    PPOConfig,
+    "  prefopt ppo --model runs/sft --data prompts.jsonl --reward runs/reward --out runs/ppo\n"
+    "  prefopt ppo --model runs/sft --data pairs.jsonl --reward rewards:score --target-kl 6 --out runs/ppo",
+    file=True,
+)
+def ppo(config: PPOConfig, as_json: bool) -> None:
+    """Proximal policy optimisation: sample, ask a reward, move the policy a little, again and again."""
+    from prefopt.recipes.ppo import train
 
     _trained(train(config), as_json)
 

@@ -4,17 +4,18 @@ from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
 
-from prefopt.config import DPOConfig, SFTConfig
+from prefopt.config import DPOConfig, PPOConfig, SFTConfig, TrainConfig
 from prefopt.errors import RunError
 from prefopt.progress import say
-from prefopt.recipes import dpo, sft
+from prefopt.recipes import dpo, ppo, sft
 from prefopt.run import RunFolder
 
 __all__ = ["resume"]
 
-_RECIPES: dict[str, tuple[type[SFTConfig] | type[DPOConfig], Callable[..., RunFolder]]] = {
+_RECIPES: dict[str, tuple[type[TrainConfig], Callable[..., RunFolder]]] = {
     "sft": (SFTConfig, sft.train),
     "dpo": (DPOConfig, dpo.train),
+    "ppo": (PPOConfig, ppo.train),
 }
 
 

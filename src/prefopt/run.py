@@ -135,7 +135,7 @@ class RunFolder:
                 "This is no run folder.",
                 where=str(path),
                 got=_contents(path) if path.exists() else "nothing there",
-                expected="a folder with config.yaml and manifest.json, as `prefopt sft` and `prefopt dpo` make",
+                expected="a folder with config.yaml and manifest.json, as every training command makes",
                 todo="Check the path: it is what --out was.",
             )
         _check(path / "config.yaml", lambda: run.config_dict, dict)
@@ -177,7 +177,7 @@ class RunFolder:
 
     @property
     def recipe(self) -> str:
-        """sft or dpo."""
+        """sft, dpo or another."""
         return str(self.manifest["recipe"])
 
     @property
@@ -252,6 +252,7 @@ def check_manifest(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     named = {
         "model": "model weights",
         "reference": "reference model weights",
+        "reward": "reward",
         "tokenizer": "tokenizer",
         "template": "chat template",
     }

@@ -17,7 +17,8 @@ from prefopt.data.audit import Audit
 from prefopt.data.group import CompletionGroup
 from prefopt.data.order import split_by_prompt
 from prefopt.data.pack import pack
-from prefopt.data.read import read_records
+from prefopt.data.prompts import prompt_groups
+from prefopt.data.read import read_prompts, read_records
 from prefopt.data.store import GroupStore, token_counts
 from prefopt.data.tokenize import Renderer, tokenize
 from prefopt.errors import ConfigError, DataError
@@ -25,11 +26,12 @@ from prefopt.model.load import LoadedModel, eos_ids, load_model, row_positions, 
 from prefopt.model.logprobs import plain_model
 from prefopt.model.paths import PathChoice, choose_path
 from prefopt.progress import Bar, progress, say, warn
-from prefopt.records import Record
+from prefopt.records import Content, Record, Source
 from prefopt.run import RunFolder, check_manifest, file_sha256
 from prefopt.train.health import Health
 
 __all__ = [
+    "Prompts",
     "Rows",
     "begin_health",
     "begin_run",
@@ -39,6 +41,7 @@ __all__ = [
     "load",
     "manifest",
     "read_groups",
+    "read_prompt_groups",
     "split_rows",
 ]
 
@@ -97,14 +100,55 @@ def read_groups(
     say(f"rows: {audit.summary()}")
     audit.enforce(config.max_refused)
     if not groups:
-        raise DataError(
-            "No usable row is left.",
-            where=", ".join(config.data),
-            got=audit.summary(),
-            expected="at least one row",
-            todo=f"`prefopt check {config.data[0]} --model {config.model}` shows the reasons row by row.",
-        )
+        raise _nothing_left(config, audit)
     return groups, audit
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts as tokens, what each of them says by its row, and what became of every row read."""
+
+    groups: GroupStore
+    contents: dict[Source, Content]
+    audit: Audit
+
+
+def read_prompt_groups(config: DataConfig, model: PreTrainedModel, renderer: Renderer, *, new_tokens: int) -> Prompts:
+    """Read the distinct prompts of rows of any layout; those that leave no room for a completion are refused.
+
+    Args:
+        new_tokens: Room that every prompt must leave.
+    """
+    audit = Audit()
+    found = read_prompts(config.data, audit=audit, columns=config.columns, split=config.split)
+    say(f"data: {audit.format}")
+    limit = length_limit(config.max_length, row_positions(model.config))
+    longest = min(config.max_prompt_length or limit, limit - new_tokens)
+    if longest < 1:
+        raise ConfigError(
+            "max_new_tokens leaves no room for a prompt.",
+            where="max_new_tokens",
+            got=str(new_tokens),
+            expected=f"less than the {limit} tokens of prompt plus completion",
+            todo="Lower it, or raise --max-length as far as the model goes.",
+        )
+    groups = GroupStore.write(prompt_groups(found, renderer, longest=longest, audit=audit))
+    say(f"rows: {audit.summary()}; {len(groups):,} prompts")
+    audit.enforce(config.max_refused)
+    if not groups:
+        raise _nothing_left(config, audit)
+    kept = {group.source for group in groups}
+    return Prompts(groups, {p.source: p.content for p in found if p.source in kept}, audit)
+
+
+def _nothing_left(config: DataConfig, audit: Audit) -> DataError:
+    return DataError(
+        "No usable row is left.",
+        where=", ".join(config.data),
+        got=audit.summary(),
+        expected="at least one row",
+        todo=f"`prefopt check {config.data[0]} --model {config.model}` shows the reasons row by row.",
+    )
 
 
 def _counted(records: Iterable[Record], bar: Bar) -> Iterator[Record]:

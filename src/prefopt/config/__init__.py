@@ -5,7 +5,7 @@ parsed; the resolved copy is saved in the run folder.
 """
 
 from prefopt.config.base import DataConfig, RowsConfig, TrainConfig
-from prefopt.config.recipes import DPOConfig, SFTConfig
+from prefopt.config.recipes import DPOConfig, PPOConfig, SFTConfig
 from prefopt.config.tools import (
     ChatConfig,
     CheckConfig,
@@ -21,6 +21,7 @@ __all__ = [
     "DPOConfig",
     "DataConfig",
     "MergeConfig",
+    "PPOConfig",
     "QuickstartConfig",
     "ResumeConfig",
     "RowsConfig",

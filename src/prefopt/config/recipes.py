@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 from prefopt.config.base import TrainConfig
 from prefopt.objectives import MOVABLE, Rows, Term, needs_beta, terms_of
 
-__all__ = ["DPOConfig", "SFTConfig"]
+__all__ = ["DPOConfig", "PPOConfig", "SFTConfig"]
 
 
 class SFTConfig(TrainConfig):
@@ -125,6 +125,79 @@ class DPOConfig(TrainConfig):
     def _kl_needs_held_out_pairs(self) -> "DPOConfig":
         if self.kl_rows and self._changed("kl_rows") and not self.eval_share:
             raise ValueError("kl_rows does nothing with eval_share 0")
+        return self
+
+
+class PPOConfig(TrainConfig):
+    """Proximal policy optimisation against a reward."""
+
+    reward: Annotated[
+        str,
+        Field(
+            description="Reward-model folder, package.module:function, sentiment:FILE, length:WORDS or regex:PATTERN."
+        ),
+    ]
+    reference: Annotated[str | None, Field(description="Reference model folder; default: the starting model.")] = None
+    max_prompt_length: Annotated[
+        int | None,
+        Field(description="Longer prompts are refused, never cut; default: max_length less max_new_tokens.", ge=1),
+    ] = None
+    batch_prompts: Annotated[int, Field(description="Prompts that are sampled from before each update.", ge=1)] = 64
+    completions: Annotated[int, Field(description="Samples of each of those prompts.", ge=1)] = 4
+    max_new_tokens: Annotated[int, Field(description="Longest sample, tokens.", ge=1)] = 64
+    temperature: Annotated[
+        float, Field(description="Of sampling, and of every log-probability that is trained on.", gt=0)
+    ] = 1.0
+    kl_coef: Annotated[
+        float, Field(description="Price of a nat of KL to the reference; with target_kl where it starts.", ge=0)
+    ] = 0.05
+    target_kl: Annotated[
+        float | None, Field(description="Adapt kl_coef so that a sequence's KL comes to this many nats.", gt=0)
+    ] = None
+    kl_horizon: Annotated[int, Field(description="Samples in which kl_coef may change by about e^0.2.", ge=1)] = 10_000
+    max_kl: Annotated[
+        float | None, Field(description="Stop the run when a sequence's KL is beyond this many nats.", gt=0)
+    ] = None
+    missing_eos_reward: Annotated[
+        float | None, Field(description="Reward of a sample that does not end within max_new_tokens; default: its own.")
+    ] = None
+    whiten_rewards: Annotated[
+        bool, Field(description="Scale each batch's rewards of tokens to variance 1; their mean stays.")
+    ] = True
+    value_from: Annotated[
+        Literal["policy", "reward"], Field(description="What the value model starts as: policy or reward model.")
+    ] = "policy"
+    value_lr: Annotated[
+        float | None, Field(description="Peak learning rate of the value model; default: lr.", gt=0)
+    ] = None
+    gamma: Annotated[float, Field(description="Discount of later rewards.", gt=0, le=1)] = 1.0
+    lam: Annotated[float, Field(description="Lambda of the advantage estimate.", ge=0, le=1)] = 0.95
+    clip: Annotated[float, Field(description="Clip range of the probability ratio.", gt=0)] = 0.2
+    value_clip: Annotated[float, Field(description="Clip range of the value around its old one.", gt=0)] = 0.2
+    value_coef: Annotated[float, Field(description="Weight of the value loss.", ge=0)] = 0.1
+    ppo_epochs: Annotated[int, Field(description="Passes over each batch of samples.", ge=1)] = 4
+    minibatches: Annotated[int, Field(description="Optimiser steps in each of those passes.", ge=1)] = 1
+    max_update_kl: Annotated[
+        float | None,
+        Field(description="Leave a batch of samples once the policy is this far from them, nats a token.", gt=0),
+    ] = None
+    lr: Annotated[float, Field(description="Peak learning rate.", gt=0)] = 3e-6
+    max_grad_norm: Annotated[float, Field(description="Gradient norm is clipped to this.", gt=0)] = 1.0
+
+    @model_validator(mode="after")
+    def _controller_and_batches(self) -> "PPOConfig":
+        if self.lora_dropout:
+            raise ValueError(
+                "lora_dropout cannot be had with ppo: what samples and what is trained would differ"
+            )
+        if self.target_kl is None and self._changed("kl_horizon"):
+            raise ValueError("kl_horizon does nothing without target_kl")
+        if self.target_kl is not None and self.kl_coef == 0:
+            raise ValueError("kl_coef 0 stays 0 whatever target_kl is: the controller multiplies it")
+        if self.minibatches > self.batch_prompts:
+            raise ValueError("minibatches must be at most batch_prompts: samples of a prompt stay together")
+        if self.max_length is not None and self.max_new_tokens >= self.max_length:
+            raise ValueError("max_new_tokens must be below max_length, or no prompt fits")
         return self
 
 

@@ -27,7 +27,7 @@ class QuickstartConfig(Config):
 class ResumeConfig(Config):
     """An interrupted run to finish."""
 
-    run: Annotated[Path, Field(description="Run folder of an interrupted `prefopt sft` or `prefopt dpo`.")]
+    run: Annotated[Path, Field(description="Run folder of an interrupted training run.")]
 
 
 class MergeConfig(Config):

@@ -25,7 +25,7 @@ from prefopt.data.turns import (
 )
 from prefopt.records import Comparison, Content, Demonstration, Message, Ranking, Rating, Record, Source
 
-__all__ = ["COLUMNS", "RECOGNISED", "Parsed", "parse_row"]
+__all__ = ["COLUMNS", "RECOGNISED", "Parsed", "Row", "alpaca_prompt", "pair_sides", "parse_row", "transcript_prompt"]
 
 # Our names, which a column mapping may give to other columns.
 COLUMNS = (
@@ -65,7 +65,7 @@ class _Sides:
     completions: tuple[Content, ...]
 
 
-class _Row:
+class Row:
     """Columns of one row that hold something."""
 
     def __init__(self, values: Any) -> None:
@@ -154,7 +154,7 @@ class _Row:
 
 def parse_row(values: Any, source: Source) -> Parsed:
     """A record from one row, given under our column names."""
-    row = _Row(values)
+    row = Row(values)
     record = refusal = None
     try:
         if not row.is_object:
@@ -165,10 +165,10 @@ def parse_row(values: Any, source: Source) -> Parsed:
     return Parsed(row.layout, record, refusal, tuple(dict.fromkeys(row.mends)), tuple(row.used))
 
 
-def _record(row: _Row, source: Source) -> Record:
+def _record(row: Row, source: Source) -> Record:
     two_outputs = "instruction" in row and "output" in row and isinstance(row["output"], list)
     if "chosen" in row or "rejected" in row or two_outputs:
-        sides = _two_outputs(row) if two_outputs and "chosen" not in row else _pair(row)
+        sides = _two_outputs(row) if two_outputs and "chosen" not in row else pair_sides(row)
         sides = _with_system(row, sides)
         _check(sides)
         return Comparison(sides.prompt, sides.completions[0], sides.completions[1], source, row.weight, row.probability)
@@ -184,7 +184,7 @@ def _record(row: _Row, source: Source) -> Record:
     return Demonstration(sides.prompt, sides.completions[0], source, row.weight)
 
 
-def _pair(row: _Row) -> _Sides:
+def pair_sides(row: Row) -> _Sides:
     """Prompt, chosen and rejected of a row that has the latter two."""
     row.layout = "preference pairs"
     row.require("chosen", "rejected")
@@ -200,13 +200,13 @@ def _pair(row: _Row) -> _Sides:
             return _answers(history, both)
     if "instruction" in row:
         row.layout = "preference pairs (alpaca columns with chosen and rejected)"
-        return _answers(_alpaca_prompt(row), both)
+        return _answers(alpaca_prompt(row), both)
     if "prompt" in row and not any(isinstance(s, str) and is_transcript(s) or _is_whole(s) for s in both):
         return _explicit(row, row.content(row["prompt"], "prompt"), both, "preference pairs", "chosen, rejected")
     return _implicit(row, both)
 
 
-def _ranked(row: _Row) -> _Sides:
+def _ranked(row: Row) -> _Sides:
     """Prompt and completions, the best first: as they stand, or by their scores."""
     row.layout = "rankings"
     row.require("prompt")
@@ -226,7 +226,7 @@ def _ranked(row: _Row) -> _Sides:
     return _explicit(row, row.content(row["prompt"], "prompt"), contents, "rankings", names)
 
 
-def _implicit(row: _Row, both: Sequence[Content]) -> _Sides:
+def _implicit(row: Row, both: Sequence[Content]) -> _Sides:
     """The prompt is what two whole conversations or texts begin with."""
     chosen, rejected = both
     name = "preference pairs with an implicit prompt"
@@ -251,12 +251,12 @@ def _implicit(row: _Row, both: Sequence[Content]) -> _Sides:
     return _Sides(start, (chosen[len(start) :], rejected[len(start) :]))
 
 
-def _explicit(row: _Row, prompt: Content, completions: Sequence[Content], kind: str, names: str) -> _Sides:
+def _explicit(row: Row, prompt: Content, completions: Sequence[Content], kind: str, names: str) -> _Sides:
     """A prompt column; completions may be text, messages, or whole conversations that begin with it."""
     if isinstance(prompt, str) and all(isinstance(c, str) for c in completions):
         row.layout = f"{kind} of text (prompt, {names})"
         texts = [c for c in completions if isinstance(c, str)]
-        turns = _transcript_prompt(prompt) if is_transcript(prompt) else None
+        turns = transcript_prompt(prompt) if is_transcript(prompt) else None
         if turns is None:
             return _Sides(prompt, tuple(texts))
         row.layout = f"{kind} (prompt with Human:/Assistant: turns, {names})"
@@ -288,7 +288,7 @@ def _is_whole(content: Content) -> bool:
     return isinstance(content, tuple) and len(content) > 0 and content[0].role in ("user", "system")
 
 
-def _transcript_prompt(text: str) -> tuple[Message, ...] | None:
+def transcript_prompt(text: str) -> tuple[Message, ...] | None:
     """Turns of a transcript that waits for a reply; None where the reply has begun."""
     turns = transcript_turns(text)
     if turns[-1].role == "assistant":
@@ -301,7 +301,7 @@ def _answers(history: tuple[Message, ...], completions: Sequence[Content]) -> _S
     return _Sides(history, tuple((Message("assistant", c),) if isinstance(c, str) else c for c in completions))
 
 
-def _alpaca_prompt(row: _Row) -> tuple[Message, ...]:
+def alpaca_prompt(row: Row) -> tuple[Message, ...]:
     """`history`, then `instruction` and `input` (joined by a line break) as the user's turn."""
     turns: list[Message] = []
     history = row.get("history", [])
@@ -318,15 +318,15 @@ def _alpaca_prompt(row: _Row) -> tuple[Message, ...]:
     return (*turns, Message("user", text))
 
 
-def _two_outputs(row: _Row) -> _Sides:
+def _two_outputs(row: Row) -> _Sides:
     row.layout = "preference pairs (alpaca columns, output holds the better and the worse answer)"
     outputs = row["output"]
     if len(outputs) != 2 or not all(isinstance(o, str) for o in outputs):
         raise Refusal("wrong_type", "output is a list, but not of two texts")
-    return _answers(_alpaca_prompt(row), [clean(o, row.mends) for o in outputs])
+    return _answers(alpaca_prompt(row), [clean(o, row.mends) for o in outputs])
 
 
-def _single(row: _Row, rated: bool) -> _Sides:
+def _single(row: Row, rated: bool) -> _Sides:
     """Prompt and completion of a row that compares nothing."""
     kind, label = ("unpaired rows", ", label") if rated else ("demonstrations", "")
     if "completion" in row:
@@ -342,7 +342,7 @@ def _single(row: _Row, rated: bool) -> _Sides:
     if "instruction" in row:
         row.layout = f"{kind} (alpaca columns{label})"
         row.require("output")
-        return _answers(_alpaca_prompt(row), [row.text("output")])
+        return _answers(alpaca_prompt(row), [row.text("output")])
     if "text" in row:
         row.layout = "demonstrations (text)"
         return _Sides("", (row.text("text"),))
@@ -364,7 +364,7 @@ def _from_last_reply(turns: tuple[Message, ...]) -> _Sides:
     return _Sides(turns[:-1], (turns[-1:],))
 
 
-def _with_system(row: _Row, sides: _Sides) -> _Sides:
+def _with_system(row: Row, sides: _Sides) -> _Sides:
     """The sides with the `system` column as their first message."""
     system = row.text("system")
     if not system:

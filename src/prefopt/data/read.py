@@ -6,14 +6,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefopt.data.audit import Audit
+from prefopt.data.audit import Audit, Refusal
 from prefopt.data.files import ACCEPTED, MAX_DEPTH, RawRow, file_rows, is_data_file, table_rows
-from prefopt.data.formats import COLUMNS, RECOGNISED, parse_row
+from prefopt.data.formats import COLUMNS, RECOGNISED, Row, parse_row
+from prefopt.data.prompts import Prompt, prompt_of
 from prefopt.data.spool import Records, Seen, identity
 from prefopt.errors import ConfigError, DataError
-from prefopt.records import Record, Source
+from prefopt.records import Content, Record, Source
 
-__all__ = ["read_records"]
+__all__ = ["read_prompts", "read_records"]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=[^a-z]|$)")
@@ -71,14 +72,54 @@ def read_records(
     return collected.records
 
 
-def _take(source: Source, raw: RawRow, mapping: "_Mapping", collected: "_Collected") -> None:
+def read_prompts(
+    sources: Sequence[str],
+    *,
+    audit: Audit,
+    columns: Mapping[str, str] | None = None,
+    split: str | None = None,
+) -> list[Prompt]:
+    """The distinct prompts of rows of any layout, in their order; completions are not looked at.
+
+    Arguments and errors as for `read_records`.
+    """
+    mapping = _Mapping(columns or {})
+    layouts: Counter[str | None] = Counter()
+    found: dict[Content, Prompt] = {}
+    for name in sources:
+        for source, raw in _rows(name, split, mapping):
+            audit.row(source)
+            if not _readable(source, raw, audit):
+                continue
+            row = Row(mapping.apply(raw.values))
+            try:
+                prompt = prompt_of(row, source)
+            except Refusal as refusal:
+                audit.refuse(source, refusal.reason, refusal.detail)
+                continue
+            layouts[row.layout] += 1
+            if found.setdefault(prompt.content, prompt) is not prompt:
+                audit.mend(source, "prompt_repeated", "every prompt is taken once")
+    mapping.check_found(sources)
+    audit.format = "read as " + (" and as ".join(str(layout) for layout in layouts) or "nothing known")
+    return list(found.values())
+
+
+def _readable(source: Source, raw: RawRow, audit: Audit) -> bool:
+    """Whether a row came out of its file whole."""
     for reason in raw.mends:
-        collected.audit.mend(source, reason, "byte order mark in front of the file")
+        audit.mend(source, reason, "byte order mark in front of the file")
     if raw.fault:
-        collected.audit.refuse(source, raw.fault.reason, raw.fault.detail)
-        return
+        audit.refuse(source, raw.fault.reason, raw.fault.detail)
+        return False
     if _too_deep(raw.values):
-        collected.audit.refuse(source, "too_deep", f"nested more than {MAX_DEPTH} levels deep")
+        audit.refuse(source, "too_deep", f"nested more than {MAX_DEPTH} levels deep")
+        return False
+    return True
+
+
+def _take(source: Source, raw: RawRow, mapping: "_Mapping", collected: "_Collected") -> None:
+    if not _readable(source, raw, collected.audit):
         return
     parsed = parse_row(mapping.apply(raw.values), source)
     collected.layouts[parsed.layout] += 1

@@ -144,12 +144,20 @@ class Renderer:
             DataError: the template does not take the prompt, or it is empty.
         """
         try:
-            opening, bos = self._open(prompt)
-            ids = self._prompt(self._encode([opening.prompt])[0], bos)
+            return self.opening_ids(prompt)
         except Refusal as refusal:
             raise DataError("The prompt cannot be rendered.", got=refusal.detail) from refusal
+
+    def opening_ids(self, prompt: Content) -> Int32[np.ndarray, " tokens"]:
+        """`prompt_ids` of a row's prompt, which is refused if it cannot be had.
+
+        Raises:
+            Refusal: says why.
+        """
+        opening, bos = self._open(prompt)
+        ids = self._prompt(self._encode([opening.prompt])[0], bos)
         if not ids:
-            raise DataError("The prompt is empty.", expected="text, since this model has no start-of-text token")
+            raise Refusal("empty_prompt", "the prompt is empty, and this model has no start-of-text token")
         return np.array(ids, dtype=np.int32)
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:

@@ -50,6 +50,11 @@ class Objective:
         batch: Groups in an optimiser step.
         lr: Peak learning rate.
         tokens_per_batch: Budget of a micro-batch.
+        adam_eps: Of AdamW.
+        lr_factors: Beginning of a parameter's name to what its learning rate is multiplied by.
+        several: Whether an update makes several optimiser steps: one that breaks off has moved some weights,
+            so the state is not saved then, and a resumption goes on from the last checkpoint.
+        enough: Whether the run ends with the step whose metrics these are.
         prepare: Is given the rows of a training step before it is computed.
         learn: Is given the metrics of every training step, those before a resumption first.
         kept: Tensors besides the weights that change; a checkpoint holds them, a resumption puts them back.
@@ -62,6 +67,10 @@ class Objective:
     batch: int
     lr: float
     tokens_per_batch: int
+    adam_eps: float = 1e-8
+    lr_factors: Mapping[str, float] = field(default_factory=dict)
+    several: bool = False
+    enough: Callable[[Mapping[str, Any]], bool] = lambda _: False
     prepare: Callable[[Sequence[CompletionGroup]], None] = lambda _: None
     learn: Callable[[Mapping[str, Any]], None] = lambda _: None
     kept: Mapping[str, Tensor] = field(default_factory=dict)
@@ -102,19 +111,28 @@ def fit(
     groups: Sequence[CompletionGroup],
     health: Health,
     device: torch.device,
-) -> None:
+) -> int:
     """Train `policy` in place on `groups`, from the run's last whole checkpoint if it has one.
 
+    Returns:
+        How many steps the run has.
+
     Raises:
-        NonFiniteError, MemoryFullError, RewardError: after saving the last good state.
+        NonFiniteError, MemoryFullError, RewardError: with the last good state in a checkpoint.
         SystemExit: 130 or 143 after SIGINT or SIGTERM, the state saved.
     """
-    steps = total_steps(config, len(groups), objective.batch)
+    steps = planned = total_steps(config, len(groups), objective.batch)
     torch.manual_seed(config.seed)
     # Only a LoRA adapter's dropout asks for training mode; the model's own is off.
     training_mode = bool(config.lora_dropout)
     masters = Masters(policy.parameters())
-    optimizer = make_optimizer(config.optimizer, masters.parameters, lr=objective.lr, weight_decay=config.weight_decay)
+    optimizer = make_optimizer(
+        config.optimizer,
+        _groups(policy, masters, objective.lr_factors),
+        lr=objective.lr,
+        weight_decay=config.weight_decay,
+        eps=objective.adam_eps,
+    )
     state = _State(run, config, policy, masters, optimizer, objective.kept)
     start = state.restore()
     budget = state.tokens_per_batch = min(objective.tokens_per_batch, state.tokens_per_batch)
@@ -126,16 +144,18 @@ def fit(
     for line in run.metrics():
         if line["split"] == "train":
             objective.learn(line)
-    evaluations = _marks(steps, config.eval_every) | {0}
-    saves = _marks(steps, config.save_every)
+            if objective.enough(line):
+                steps = line["step"] + 1
+    evaluations = _marks(planned, config.eval_every) | {0}
+    saves = _marks(planned, config.save_every)
     with _Interruption() as interruption, progress(objective.label, total=steps, unit="steps") as bar:
         bar.advance(start)
-        for step in range(start, steps + 1):
-            if step > start and (step in saves or interruption.signal):
+        for step in range(start, planned + 1):
+            if step > start and (step in saves or step == steps or interruption.signal):
                 state.save(step)
             if interruption.signal:
                 _leave(run, step, steps, interruption.signal)
-            if objective.evaluate and step in evaluations:
+            if objective.evaluate and (step in evaluations or step == steps):
                 policy.eval()
                 _log(run, health, step, "eval", objective.evaluate())
             if step == steps:
@@ -143,16 +163,17 @@ def fit(
             order = rows_of_step(step, rows=len(groups), batch=objective.batch, seed=config.seed)
             rows = [groups[i] for i in order]
             run.event("rows", step=step, rows=[str(g.source) for g in rows])
-            lr = learning_rate(step, total=steps, peak=objective.lr, warmup=config.warmup, schedule=config.schedule)
+            lr = learning_rate(step, total=planned, peak=objective.lr, warmup=config.warmup, schedule=config.schedule)
             for parameters in optimizer.param_groups:
-                parameters["lr"] = lr
+                parameters["lr"] = lr * parameters.get("factor", 1.0)
             policy.train(training_mode)
             began = time.perf_counter()
             objective.prepare(rows)
             try:
                 result = objective.update(rows, optimizer, masters, budget)
             except (NonFiniteError, MemoryFullError, RewardError):
-                state.save(step)
+                if not objective.several:
+                    state.save(step)
                 raise
             seconds = time.perf_counter() - began
             if result.tokens_per_batch < budget:
@@ -163,6 +184,21 @@ def fit(
             _log(run, health, step, "train", metrics)
             objective.learn(metrics)
             bar.advance(1, note=f"loss {result.loss:.4f}")
+            if objective.enough(metrics):
+                steps = step + 1
+    return steps
+
+
+def _groups(policy: torch.nn.Module, masters: Masters, factors: Mapping[str, float]) -> list[Any]:
+    """What the optimiser is given: all parameters alike, or a group for each factor of the learning rate."""
+    if not factors:
+        return masters.parameters
+    found: dict[float, list[torch.nn.Parameter]] = {}
+    names = [name for name, p in policy.named_parameters() if p.requires_grad]
+    for name, parameter in zip(names, masters.parameters, strict=True):
+        factor = next((f for start, f in factors.items() if name.startswith(start)), 1.0)
+        found.setdefault(factor, []).append(parameter)
+    return [{"params": parameters, "factor": factor} for factor, parameters in found.items()]
 
 
 def _marks(steps: int, every: int | None) -> set[int]:

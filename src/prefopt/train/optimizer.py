@@ -6,7 +6,7 @@ optimiser works on float32 copies and bfloat16 weights are refreshed from them a
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -56,15 +56,24 @@ class Masters:
 
 
 def make_optimizer(
-    name: Literal["adamw", "rmsprop"], parameters: Sequence[torch.nn.Parameter], *, lr: float, weight_decay: float
+    name: Literal["adamw", "rmsprop"],
+    parameters: Iterable[Any],
+    *,
+    lr: float,
+    weight_decay: float,
+    eps: float = 1e-8,
 ) -> torch.optim.Optimizer:
     """AdamW (betas 0.9, 0.999) or RMSprop (the DPO paper's; alpha 0.99), torch's own.
+
+    Args:
+        parameters: Parameters, or groups of them.
+        eps: Of either.
 
     AdamW's fused kernel passes over the weights once, on a CPU as on CUDA; RMSprop has none.
     """
     if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
-    return torch.optim.RMSprop(parameters, lr=lr)
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, eps=eps, fused=True)
+    return torch.optim.RMSprop(parameters, lr=lr, eps=eps)
 
 
 def learning_rate(

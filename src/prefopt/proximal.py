@@ -1,0 +1,259 @@
+"""One PPO update: a rollout, its advantages, and the passes of training over it."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from prefopt.config import PPOConfig
+from prefopt.data.group import CompletionGroup
+from prefopt.data.pack import PackedBatch
+from prefopt.data.tokenize import Renderer
+from prefopt.losses import LossTotal
+from prefopt.losses.ppo import (
+    adapted_kl_coef,
+    explained_variance,
+    generalized_advantages,
+    ppo,
+    token_rewards,
+    whiten,
+)
+from prefopt.model.head import head_of, target_logprobs
+from prefopt.model.load import LoadedModel
+from prefopt.model.logprobs import Path, plain_model, target_hidden
+from prefopt.model.policy import make_policy
+from prefopt.model.statistics import target_statistics
+from prefopt.model.values import ValueModel, value_model
+from prefopt.records import Content, Source
+from prefopt.rewards import Reward
+from prefopt.rollout import Rollout, Scores, collect
+from prefopt.run import RunFolder
+from prefopt.train.optimizer import Masters
+from prefopt.train.step import StepResult, train_step
+
+__all__ = ["Lesson", "Proximal"]
+
+_SHOWN = 4  # samples that a step leaves in events.jsonl
+
+
+@dataclass
+class Lesson:
+    """What a rollout teaches: constants of its update, per target.
+
+    Attributes:
+        advantages: Whitened.
+        farthest: Largest |log ratio| of policy to sampler in the first minibatch, which should be 0.
+    """
+
+    advantages: Float[Tensor, " targets"]
+    returns: Float[Tensor, " targets"]
+    farthest: list[Float[Tensor, ""]] = field(default_factory=list)
+    first: bool = True
+
+
+class Proximal:
+    """Policy, value model and reference, and how a step of the run moves the first two.
+
+    Attributes:
+        networks: What is trained: `policy` and `value`.
+        kept: The sampler's state, for checkpoints: which batch of samples is next, and the price of its KL.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        run: RunFolder,
+        loaded: LoadedModel,
+        reference: LoadedModel,
+        path: Path,
+        renderer: Renderer,
+        reward: Reward,
+        contents: Mapping[Source, Content],
+        steps: int,
+    ) -> None:
+        self.config, self.run, self.path = config, run, path
+        self.renderer, self.reward, self.contents = renderer, reward, contents
+        # Samples are new in every step, so the reference stays in memory: as a model of its own, or under
+        # an adapter that is switched off.
+        self.frozen: torch.nn.Module | None = None
+        if reference is not loaded:
+            self.frozen = reference.model.requires_grad_(False)
+        elif config.lora_rank is None:
+            self.frozen = copy.deepcopy(loaded.model).requires_grad_(False)
+        self.value: ValueModel = value_model(config, loaded, steps)
+        self.policy = make_policy(loaded.model, config, steps=steps)
+        self.networks = torch.nn.ModuleDict({"policy": self.policy, "value": self.value})
+        self.kept = {
+            "iteration": torch.zeros((), dtype=torch.int64),
+            "kl_coef": torch.tensor(config.kl_coef, dtype=torch.float64),
+        }
+
+    def score(self, batch: PackedBatch) -> Scores:
+        """Policy, reference and value model on samples; all at the sampling temperature."""
+        head = head_of(plain_model(self.policy)).tempered(self.config.temperature)
+        own = target_statistics(head, target_hidden(self.policy, batch, self.path), batch.targets, entropy=True)
+        assert own.entropy is not None
+        if self.frozen is not None:
+            reference = self._logprobs(self.frozen, batch)
+        else:
+            with self.policy.disable_adapter():  # type: ignore[operator]
+                reference = self._logprobs(self.policy, batch)
+        return Scores(own.logprob, reference, own.entropy, self.value(batch, self.path))
+
+    def _logprobs(self, model: torch.nn.Module, batch: PackedBatch) -> Float[Tensor, " targets"]:
+        head = head_of(plain_model(model)).tempered(self.config.temperature)
+        return target_logprobs(head, target_hidden(model, batch, self.path), batch.targets)
+
+    def lesson(self, rollout: Rollout) -> Lesson:
+        """Rewards of tokens, whitened if asked for; advantages, whitened; returns."""
+        config, counts = self.config, rollout.token_counts
+        scores = torch.from_numpy(rollout.rewards).to(counts.device)
+        if config.missing_eos_reward is not None:
+            scores[torch.from_numpy(~rollout.finished)] = config.missing_eos_reward
+        rewards = token_rewards(
+            scores=scores.float(),
+            log_ratios=rollout.log_ratios,
+            token_counts=counts,
+            kl_coef=float(self.kept["kl_coef"]),
+        )
+        if config.whiten_rewards:
+            rewards = whiten(rewards, shift_mean=False)
+        found = generalized_advantages(
+            rewards=rewards, values=rollout.scores.values, token_counts=counts, gamma=config.gamma, lam=config.lam
+        )
+        return Lesson(whiten(found.advantages), found.returns)
+
+    def loss(self, batch: PackedBatch, rollout: Rollout, lesson: Lesson) -> LossTotal:
+        """The clipped losses of a micro-batch of the rollout's groups."""
+        at, config = rollout.targets_of(batch), self.config
+        logprobs, old = self._logprobs(self.policy, batch), rollout.scores.logprobs[at]
+        if lesson.first:
+            lesson.farthest.append((logprobs.detach() - old).abs().max())
+        tokens = torch.tensor([_tokens(group) for group in batch.groups], device=at.device)
+        return ppo(
+            logprobs=logprobs,
+            old_logprobs=old,
+            advantages=lesson.advantages[at],
+            values=self.value(batch, self.path),
+            old_values=rollout.scores.values[at],
+            returns=lesson.returns[at],
+            group_of_target=torch.repeat_interleave(tokens),
+            groups=len(batch.groups),
+            clip=config.clip,
+            value_clip=config.value_clip,
+            value_coef=config.value_coef,
+        )
+
+    def update(
+        self,
+        groups: Sequence[CompletionGroup],
+        optimizer: torch.optim.Optimizer,
+        masters: Masters,
+        tokens_per_batch: int,
+    ) -> StepResult:
+        """A step of the run."""
+        config, number = self.config, int(self.kept["iteration"])
+        rollout = self._rollout(groups, config.completions, [config.seed, 1, number], tokens_per_batch)
+        lesson = self.lesson(rollout)
+        made: list[StepResult] = []
+        for part in _minibatches(config, number, len(groups)):
+            made.append(
+                train_step(
+                    [rollout.groups[i] for i in part],
+                    lambda batch: self.loss(batch, rollout, lesson),
+                    _tokens,
+                    optimizer,
+                    masters,
+                    tokens_per_batch=made[-1].tokens_per_batch if made else tokens_per_batch,
+                    max_grad_norm=config.max_grad_norm,
+                    device=rollout.token_counts.device,
+                )
+            )
+            lesson.first = False
+            if config.max_update_kl is not None and made[-1].metrics["update_kl"] > config.max_update_kl:
+                break
+        self.run.event("samples", step=number, samples=self._shown(rollout))
+        metrics = {
+            **rollout.metrics(),
+            "kl_coef": float(self.kept["kl_coef"]),
+            "explained_variance": explained_variance(rollout.scores.values, lesson.returns),
+            "ratio/first": float(torch.stack(lesson.farthest).max().exp()),
+            "updates": float(len(made)),
+        }
+        self._adapt(metrics["kl"], len(rollout.texts))
+        return _together(made, metrics)
+
+    def _rollout(
+        self, groups: Sequence[CompletionGroup], completions: int, seed: list[int], tokens_per_batch: int
+    ) -> Rollout:
+        return collect(
+            self.policy,
+            groups,
+            [self.contents[group.source] for group in groups],
+            self.renderer,
+            self.reward,
+            self.score,
+            completions=completions,
+            max_new_tokens=self.config.max_new_tokens,
+            temperature=self.config.temperature,
+            seed=int(np.random.SeedSequence(seed).generate_state(1)[0]),
+            tokens_per_batch=tokens_per_batch,
+        )
+
+    def _adapt(self, kl: float, episodes: int) -> None:
+        self.kept["iteration"].add_(1)
+        if self.config.target_kl is not None:
+            coefficient, target, horizon = float(self.kept["kl_coef"]), self.config.target_kl, self.config.kl_horizon
+            self.kept["kl_coef"].fill_(
+                adapted_kl_coef(coefficient, kl=kl, target=target, episodes=episodes, horizon=horizon)
+            )
+
+    def evaluate(self, held_out: Sequence[CompletionGroup], tokens_per_batch: int) -> dict[str, float]:
+        """One sample of each held-out prompt, with the same noise every time: what differs is the policy."""
+        rollout = self._rollout(list(held_out), 1, [self.config.seed, 0], tokens_per_batch)
+        return {**rollout.metrics(), "prompts": len(held_out)}
+
+    def far(self, metrics: Mapping[str, Any]) -> bool:
+        """Whether the policy has gone as far from the reference as it may."""
+        return self.config.max_kl is not None and metrics["kl"] > self.config.max_kl
+
+    def _shown(self, rollout: Rollout) -> list[dict[str, Any]]:
+        """The first sample of some prompts, for people."""
+        kl, k = rollout.sequence_sum(rollout.log_ratios).tolist(), self.config.completions
+        return [
+            {
+                "prompt": self.renderer.decode(group.prompt_ids),
+                "completion": rollout.texts[k * number],
+                "reward": float(rollout.rewards[k * number]),
+                "kl": kl[k * number],
+            }
+            for number, group in enumerate(rollout.groups[:_SHOWN])
+        ]
+
+
+def _minibatches(config: PPOConfig, iteration: int, groups: int) -> Iterator[list[int]]:
+    """Which groups are in each optimiser step: every group once a pass, in an order of its own."""
+    for epoch in range(config.ppo_epochs):
+        order = np.random.default_rng([config.seed, 2, iteration, epoch]).permutation(groups)
+        yield from (part.tolist() for part in np.array_split(order, min(config.minibatches, groups)))
+
+
+def _tokens(group: CompletionGroup) -> int:
+    """The loss is divided by the number of sampled tokens."""
+    return sum(completion.scored_tokens for completion in group.completions)
+
+
+def _together(made: Sequence[StepResult], metrics: Mapping[str, float]) -> StepResult:
+    """Means over the optimiser steps of an update; the tokens of all of them."""
+    return StepResult(
+        loss=float(np.mean([one.loss for one in made])),
+        grad_norm=float(np.mean([one.grad_norm for one in made])),
+        metrics={**{k: float(np.mean([one.metrics[k] for one in made])) for k in made[0].metrics}, **metrics},
+        tokens=sum(one.tokens for one in made),
+        tokens_per_batch=made[-1].tokens_per_batch,
+    )
