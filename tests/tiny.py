@@ -60,16 +60,21 @@ def random_groups(lengths: Sequence[tuple[int, ...]], seed: int = 0) -> list[Com
     ]
 
 
-def save_tiny_model(folder: Path) -> None:
-    """A tiny Llama in transformers' format whose tokenizer writes a letter a token."""
+def letters_tokenizer(pad: str | None = "<pad>") -> PreTrainedTokenizerFast:
+    """A letter a token; `<pad>` is token 0, `<eos>` token 1."""
     letters = {c: i for i, c in enumerate(["<pad>", "<eos>", *string.ascii_letters, *" .,!?'\n"])}
     raw = Tokenizer(models.WordLevel(letters, unk_token="?"))
     raw.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), behavior="isolated")
     raw.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token=pad)
+
+
+def save_tiny_model(folder: Path) -> None:
+    """A tiny Llama in transformers' format whose tokenizer writes a letter a token."""
+    tokenizer = letters_tokenizer()
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        **{**COMMON, "vocab_size": len(letters), "eos_token_id": 1, "bos_token_id": None, "tie_word_embeddings": True}
+        **{**COMMON, "vocab_size": len(tokenizer), "eos_token_id": 1, "bos_token_id": None, "tie_word_embeddings": True}
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -3,22 +3,27 @@
 import json
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+)
 
 from prefopt.errors import ModelError
 
-__all__ = ["inspect_model", "inspect_weights", "listing", "refuse_code"]
+__all__ = ["Kind", "inspect_model", "inspect_weights", "listing", "refuse_code"]
+
+Kind = Literal["language", "reward"]
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def inspect_model(folder: Path) -> None:
-    """Raise ModelError unless `folder` holds a causal LM that transformers knows, whole and in safetensors."""
+def inspect_model(folder: Path, kind: Kind = "language") -> None:
+    """Raise ModelError unless `folder` holds a model of this kind that transformers knows, whole and in safetensors."""
     if not (folder / "config.json").exists():
         raise ModelError(
             "The folder is no model.",
@@ -28,12 +33,12 @@ def inspect_model(folder: Path) -> None:
             todo="Give a folder in transformers' format.",
         )
     config = refuse_code(folder / "config.json")
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
         raise ModelError(
             "transformers does not know this kind of model.",
             where=f"{folder / 'config.json'}, key model_type",
-            got=repr(kind),
+            got=repr(model_type),
             expected="a model type of the installed transformers",
             todo=f"Update transformers (now {transformers.__version__}) if the model is newer than it.",
         )
@@ -50,10 +55,40 @@ def inspect_model(folder: Path) -> None:
         raise ModelError(
             "This is not a causal language model.",
             where=str(folder / "config.json"),
-            got=f"model_type {kind!r}",
+            got=f"model_type {model_type!r}",
             expected="a decoder that predicts the next token",
         )
+    _refuse_other_kind(folder, parsed, kind)
     inspect_weights(folder, "model")
+
+
+def _refuse_other_kind(folder: Path, config: PretrainedConfig, kind: Kind) -> None:
+    """A language model where a reward model is wanted, or the other way round.
+
+    Where embedding and head share their weight, a reward model's weights would fill a language model.
+    """
+    where = str(folder / "config.json")
+    made = [str(name) for name in config.architectures or []]
+    classifies = any("ForSequenceClassification" in name for name in made)
+    if kind == "language":
+        if classifies:
+            raise ModelError(
+                "This is a reward model, not a language model.",
+                where=where,
+                got=", ".join(made),
+                expected="a model that writes text",
+                todo="A reward model is named with --reward or --reward-model.",
+            )
+        return
+    if not classifies or config.num_labels != 1 or type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        labels = f" with {config.num_labels} labels" if classifies else ""
+        raise ModelError(
+            "This is not a reward model.",
+            where=where,
+            got=(", ".join(made) or "no architecture named") + labels,
+            expected="a sequence-classification model with one label, as `prefopt reward` makes",
+            todo="Train one from a language model: `prefopt reward --model MODEL --data PAIRS --out RUN`.",
+        )
 
 
 def refuse_code(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -26,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
 from prefopt.errors import ModelError
 from prefopt.model.adapter import ADAPTER, add_lora, apply_adapter, explained, peft_warnings, save_merged
-from prefopt.model.inspect import inspect_model, listing, refuse_code
+from prefopt.model.inspect import Kind, inspect_model, listing, refuse_code
 
 __all__ = [
     "LoadedModel",
@@ -57,16 +58,20 @@ class LoadedModel:
     path: str
 
 
-def load_model(path: str, *, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+def load_model(path: str, *, dtype: torch.dtype, device: torch.device, kind: Kind = "language") -> LoadedModel:
     """Load a transformers folder, a run folder, a LoRA adapter folder (merged into its base) or a hub name.
 
+    Args:
+        kind: language: a causal LM; reward: a sequence classifier with one label on the same kind of decoder,
+            which stands in no adapter folder.
+
     Raises:
-        ModelError: not a model, unsafe (pickle, code of its own), damaged, incomplete, or no causal LM.
+        ModelError: not a model, unsafe (pickle, code of its own), damaged, incomplete, or of another kind.
     """
     folder = resolve(path)
-    adapter = folder if (folder / ADAPTER).exists() else None
+    adapter = folder if (folder / ADAPTER).exists() and kind == "language" else None
     base = _adapter_base(folder) if adapter else folder
-    model = _load_base(base, dtype)
+    model = _load_base(base, dtype, kind)
     fingerprint = weights_fingerprint(base)
     if adapter is not None:
         model = apply_adapter(model, adapter)
@@ -86,8 +91,8 @@ def load_model(path: str, *, dtype: torch.dtype, device: torch.device) -> Loaded
     )
 
 
-def _load_base(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    inspect_model(folder)
+def _load_base(folder: Path, dtype: torch.dtype, kind: Kind) -> PreTrainedModel:
+    inspect_model(folder, kind)
     _quiet()
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     two_way = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
@@ -101,7 +106,8 @@ def _load_base(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     # Not the folder's to choose: a name with a slash in it would have native code fetched from the hub.
     config._attn_implementation = config._experts_implementation = None
     with explained("transformers cannot load this model.", folder, ImportError, SafetensorError, ValueError):
-        loading: Any = AutoModelForCausalLM.from_pretrained(
+        auto = AutoModelForCausalLM if kind == "language" else AutoModelForSequenceClassification
+        loading: Any = auto.from_pretrained(
             folder,
             config=config,
             dtype=dtype,

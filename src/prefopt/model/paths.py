@@ -1,9 +1,10 @@
-"""Which path a model's log-probabilities take: found by inspection, proved on the first batch.
+"""Which path a model's log-probabilities or scores take: found by inspection, proved on the first batch.
 
 The proof is against transformers' own logits, one sequence at a time: all paths share our head, so
 they would agree with each other about a logit scale that nobody knew of.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ from prefopt.model.logprobs import (
     set_attention,
 )
 
-__all__ = ["PathChoice", "choose_path", "transformers_logprob_sum"]
+__all__ = ["PathChoice", "choose_path", "first_agreeing", "transformers_logprob_sum"]
 
 _LAYOUT = {
     "shared": "prompts shared, no padding",
@@ -51,20 +52,23 @@ def transformers_logprob_sum(model: torch.nn.Module, batch: PackedBatch) -> Floa
 
 @dataclass(frozen=True)
 class PathChoice:
-    """Which path a run takes, why, and the largest difference to transformers' own log-probabilities.
+    """Which path a run takes, why, and the largest difference to what transformers itself computes.
 
     Attributes:
-        max_difference: Of a sequence log-probability on the first batch, nats.
+        max_difference: Of a sequence on the first batch.
+        of: What was compared, and its unit.
     """
 
     path: Path
     reason: str
     max_difference: float
+    of: tuple[str, str] = ("log-probabilities", "nats a sequence")
 
     def __str__(self) -> str:
+        what, unit = self.of
         return (
-            f"log-probabilities: {self.path} path ({_LAYOUT[self.path]}) - {self.reason}; "
-            f"largest difference to transformers on the first batch {self.max_difference:.1e} nats a sequence"
+            f"{what}: {self.path} path ({_LAYOUT[self.path]}) - {self.reason}; "
+            f"largest difference to transformers on the first batch {self.max_difference:.1e} {unit}"
         )
 
 
@@ -79,17 +83,28 @@ def choose_path(model: torch.nn.Module, batch: PackedBatch) -> PathChoice:
     model.eval()
     try:
         with torch.no_grad():
-            return _compare(model, batch)
+            truth = transformers_logprob_sum(model, batch)
+            limit = _TOLERANCE[next(plain_model(model).parameters()).dtype] * batch.token_counts.clamp(min=1).sqrt()
+            return first_agreeing(model, lambda path: sequence_logprob_sum(model, batch, path), truth, limit)
     finally:
         model.train(was_training)
 
 
-def _compare(model: torch.nn.Module, batch: PackedBatch) -> PathChoice:
-    truth = transformers_logprob_sum(model, batch)
-    limit = _TOLERANCE[next(plain_model(model).parameters()).dtype] * batch.token_counts.clamp(min=1).sqrt()
+def first_agreeing(
+    model: torch.nn.Module,
+    compute: Callable[[Path], Float[Tensor, " sequences"]],
+    truth: Float[Tensor, " sequences"],
+    limit: Float[Tensor, " sequences"],
+    of: tuple[str, str] = PathChoice.of,
+) -> PathChoice:
+    """The first path that inspection allows and on which `compute` differs from `truth` by at most `limit`.
+
+    Raises:
+        ModelError: there is none.
+    """
 
     def off(path: Path) -> tuple[bool, float]:
-        difference = (sequence_logprob_sum(model, batch, path) - truth).abs()
+        difference = (compute(path) - truth).abs()
         return bool((difference <= limit).all()), float(difference.max())  # a NaN is not <= anything
 
     why: list[str] = []
@@ -103,15 +118,15 @@ def _compare(model: torch.nn.Module, batch: PackedBatch) -> PathChoice:
             try:
                 agrees, difference = off(path)
                 if agrees:
-                    return PathChoice(path, "; ".join(why) or "checked against transformers", difference)
-                reason = f"{path} differs from transformers by {difference:.1e} nats"
+                    return PathChoice(path, "; ".join(why) or "checked against transformers", difference, of)
+                reason = f"{path} differs from transformers by {difference:.1e} {of[1]}"
             except UnsharableError as error:
                 reason = str(error)
         if reason not in why:
             why.append(reason)
     raise ModelError(
-        "The model's log-probabilities cannot be reproduced.",
-        got=f"a difference of {difference:.2e} nats a sequence to transformers' own logits",
+        f"The model's {of[0]} cannot be reproduced.",
+        got=f"a difference of {difference:.2e} {of[1]} to transformers' own logits",
         expected=f"at most {float(limit.max()):.1e}",
         todo="Its head or its padding does something unknown; please report the model type.",
     )
