@@ -16,18 +16,21 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from prefopt.config import DPOConfig, SFTConfig
-from prefopt.evaluate.sampled import compare, draw, pairs_from_samples
+from prefopt.evaluate.policy import draw, reward_of_samples
+from prefopt.evaluate.sampled import compare, pairs_from_samples
 from prefopt.model.load import load_model
 from prefopt.objectives import OBJECTIVES
 from prefopt.recipes import dpo, sft
-from prefopt.sampling.completions import Completed
+from prefopt.rewards import Reward
+from prefopt.sampling.completions import Completed, Settings
+from prefopt.sampling.local import LocalModel
 from stories_valence import NEW_TOKENS, TEST, TRAIN, openings, valence
 
 # The papers' betas, where an objective has one without a default.
@@ -55,13 +58,11 @@ def ratings(pairs: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
     ]
 
 
-def rankings(
-    prompts: Sequence[str], drawn: Sequence[Sequence[Completed]], reward: Callable[[str], float]
-) -> list[dict[str, Any]]:
+def rankings(prompts: Sequence[str], drawn: Sequence[Sequence[Completed]], reward: Reward) -> list[dict[str, Any]]:
     """Samples of different reward, the best first."""
     rows = []
-    for prompt, group in zip(prompts, drawn, strict=True):
-        by_reward = {reward(prompt + s.text): s.text for s in group}
+    for prompt, group, scores in zip(prompts, drawn, reward_of_samples(reward, prompts, drawn), strict=True):
+        by_reward = {score: s.text for score, s in zip(scores.tolist(), group, strict=True)}
         if len(by_reward) > 1:
             best_first = [by_reward[r] for r in sorted(by_reward, reverse=True)]
             rows.append({"prompt": prompt, "completions": best_first})
@@ -86,11 +87,11 @@ def main() -> None:
     )
     prompts = openings(stories)
     loaded = load_model(str(base.path), dtype=torch.float32, device=torch.device("cpu"))
-    drawn = draw(loaded, prompts[:TRAIN], 4, max_new_tokens=NEW_TOKENS, seed=SEED, label="sampling")
+    drawn = draw(LocalModel.of(loaded), prompts[:TRAIN], 4, Settings(NEW_TOKENS, seed=SEED), "sampling")
     pairs, _ = pairs_from_samples(prompts[:TRAIN], drawn, reward)
 
     def judged(pair: dict[str, str]) -> float:
-        chosen, rejected = (reward(pair["prompt"] + pair[side]) for side in ("chosen", "rejected"))
+        chosen, rejected = reward.score([pair["prompt"]] * 2, [pair["chosen"], pair["rejected"]])
         return 1 / (1 + math.exp(rejected - chosen))
 
     data = {

@@ -11,33 +11,41 @@ on are measured with intervals over prompts, and the KL paid along the trained m
 import argparse
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from prefopt.config import DPOConfig, SFTConfig
-from prefopt.evaluate.sampled import Comparison, compare, draw, pairs_from_samples
+from prefopt.evaluate.policy import draw
+from prefopt.evaluate.sampled import Comparison, compare, pairs_from_samples
 from prefopt.model.load import load_model
 from prefopt.recipes import dpo, sft
+from prefopt.records import Content
+from prefopt.rewards import Reward
 from prefopt.run import write_atomically
+from prefopt.sampling.completions import Settings
+from prefopt.sampling.local import LocalModel
 
 NEW_TOKENS = 64
 TRAIN, TEST = 500, 200
 
 
-def valence(lexicon: Path) -> Callable[[str], float]:
-    """Mean valence (-4 to 4) of a text's words that the lexicon knows; 0 if it knows none."""
+def valence(lexicon: Path) -> Reward:
+    """Mean valence (-4 to 4) of a story's words, opening included, that the lexicon knows; 0 if it knows none."""
     known = {}
     for line in lexicon.read_text(encoding="utf-8").splitlines():
         word, mean, *_ = line.split("\t")
         known[word.lower()] = float(mean)
 
-    def reward(text: str) -> float:
+    def of(text: str) -> float:
         found = [known[w] for w in re.findall(r"[a-z']+", text.lower()) if w in known]
         return sum(found) / len(found) if found else 0.0
 
-    return reward
+    def score(prompts: Sequence[Content], completions: Sequence[str]) -> list[float]:
+        return [of(f"{prompt}{completion}") for prompt, completion in zip(prompts, completions, strict=True)]
+
+    return Reward("valence", str(lexicon), score)
 
 
 def openings(stories: list[str]) -> list[str]:
@@ -56,7 +64,7 @@ def one_seed(data: Path, out: Path, seed: int, beta: float, lr: float) -> Compar
     )
     prompts = openings(stories)
     loaded = load_model(str(base.path), dtype=torch.float32, device=torch.device("cpu"))
-    drawn = draw(loaded, prompts[:TRAIN], 4, max_new_tokens=NEW_TOKENS, seed=seed, label="sampling")
+    drawn = draw(LocalModel.of(loaded), prompts[:TRAIN], 4, Settings(NEW_TOKENS, seed=seed), "sampling")
     rows, tied = pairs_from_samples(prompts[:TRAIN], drawn, reward)
     print(f"seed {seed}: {len(rows)} pairs, {tied} openings tied")
     write_atomically(pairs, "".join(json.dumps(row) + "\n" for row in rows).encode())

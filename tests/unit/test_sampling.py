@@ -2,19 +2,22 @@
 
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from prefopt.evaluate import sampled
-from prefopt.evaluate.sampled import Estimate, compare, draw, pairs_from_samples
+from prefopt.evaluate import estimate
+from prefopt.evaluate.estimate import Estimate
+from prefopt.evaluate.policy import draw
+from prefopt.evaluate.sampled import compare, pairs_from_samples
 from prefopt.model.load import LoadedModel, load_model
 from prefopt.model.sample import sample
 from prefopt.quickstart import story
 from prefopt.records import Content, Message
+from prefopt.rewards import Reward
 from prefopt.sampling.completions import Completed, Settings
 from prefopt.sampling.local import LocalModel
 from prefopt.serve.chat import chat
@@ -31,6 +34,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def loaded(folder: Path) -> LoadedModel:
     return load_model(str(folder), dtype=torch.float32, device=torch.device("cpu"))
+
+
+def reward_of(number: Callable[[str], float]) -> Reward:
+    """A reward of prompt and completion as one text."""
+
+    def score(prompts: Sequence[Content], completions: Sequence[str]) -> list[float]:
+        return [number(f"{p}{c}") for p, c in zip(prompts, completions, strict=True)]
+
+    return Reward("test", "0", score)
 
 
 def ids(*tokens: int) -> np.ndarray:
@@ -68,8 +80,8 @@ def test_greedy_decoding_by_hand_order_and_stops(loaded: LoadedModel) -> None:
 
 def test_pairs_are_best_against_worst_and_ties_are_counted(loaded: LoadedModel) -> None:
     prompts = ["How is x?", "What is y?"]
-    drawn = draw(loaded, prompts, 3, max_new_tokens=5, seed=0, label="drawing")
-    rows, tied = pairs_from_samples(prompts, drawn, lambda text: float(len(text)) if "How" in text else 1.0)
+    drawn = draw(LocalModel.of(loaded), prompts, 3, Settings(5), "drawing")
+    rows, tied = pairs_from_samples(prompts, drawn, reward_of(lambda text: float(len(text)) if "How" in text else 1.0))
     assert tied == 1 or len({len(s.ids) for s in drawn[0]}) == 1
     for row in rows:
         assert row["prompt"] == "How is x?" and len(row["chosen"]) > len(row["rejected"])
@@ -80,7 +92,7 @@ def test_a_model_against_itself_gains_nothing_and_pays_no_kl(folder: Path) -> No
         str(folder),
         str(folder),
         ["How is x?", "Who?"],
-        lambda text: float(len(text)),
+        reward_of(lambda text: float(len(text))),
         completions=2,
         max_new_tokens=4,
         seed=0,
@@ -114,11 +126,11 @@ def test_a_stop_text_ends_a_completion_and_is_not_part_of_it(loaded: LoadedModel
 
 def test_intervals_resample_prompts() -> None:
     values = np.array([0.0, 1.0] * 50)
-    estimate = Estimate.of(values, seed=0)
-    assert estimate.mean == 0.5
+    found = Estimate.of(values, seed=0)
+    assert found.mean == 0.5
     # Normal approximation: 0.5 +- 1.96 * 0.5 / sqrt(100) = 0.402 .. 0.598.
-    assert estimate.low == pytest.approx(0.402, abs=0.015) and estimate.high == pytest.approx(0.598, abs=0.015)
-    assert sampled._RESAMPLES >= 1000
+    assert found.low == pytest.approx(0.402, abs=0.015) and found.high == pytest.approx(0.598, abs=0.015)
+    assert estimate._RESAMPLES >= 1000
 
 
 def test_chat_answers_piped_lines(

@@ -17,7 +17,7 @@ from prefopt.model.head import Head, head_of
 from prefopt.model.logprobs import Path, plain_model, target_hidden
 from prefopt.model.statistics import target_statistics
 
-__all__ = ["ReferenceStates", "sequence_kl_sum"]
+__all__ = ["ReferenceStates", "sequence_kl_sum", "sequence_kl_sum_of_batch"]
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,34 @@ def sequence_kl_sum(
     sums = []
     for batch, reference_hidden in zip(batches, reference.hidden, strict=True):
         hidden = target_hidden(policy, batch, path)
-        theirs = (reference.head, reference_hidden.to(hidden.device))
-        kl = target_statistics(head, hidden, batch.targets, against=theirs).kl
-        assert kl is not None
-        sums.append(kl.new_zeros(batch.sequences).index_add(0, batch.sequence_of_target, kl))
+        sums.append(_summed(batch, (head, hidden), (reference.head, reference_hidden.to(hidden.device))))
     return torch.cat(sums) if sums else torch.zeros(0)
+
+
+@torch.no_grad()
+def sequence_kl_sum_of_batch(
+    policy: torch.nn.Module,
+    reference: torch.nn.Module,
+    batch: PackedBatch,
+    paths: tuple[Path, Path],
+    *,
+    temperature: float = 1.0,
+) -> Float[Tensor, " sequences"]:
+    """The same for one batch, with both models in memory and their logits divided by `temperature`.
+
+    Args:
+        paths: The policy's and the reference's.
+    """
+    mine, theirs = (
+        (head_of(plain_model(model)).tempered(temperature), target_hidden(model, batch, path))
+        for model, path in zip((policy, reference), paths, strict=True)
+    )
+    return _summed(batch, mine, theirs)
+
+
+def _summed(
+    batch: PackedBatch, mine: tuple[Head, Float[Tensor, "targets _"]], theirs: tuple[Head, Float[Tensor, "targets _"]]
+) -> Float[Tensor, " sequences"]:
+    kl = target_statistics(*mine, batch.targets, against=theirs).kl
+    assert kl is not None
+    return kl.new_zeros(batch.sequences).index_add(0, batch.sequence_of_target, kl)

@@ -13,7 +13,7 @@ from functools import cache
 from itertools import product
 from typing import Literal
 
-__all__ = ["Review", "Sentiment", "openings", "reviews", "true_reward"]
+__all__ = ["Review", "Sentiment", "ground_truth", "openings", "reviews", "true_reward"]
 
 Sentiment = Literal[-1, 1]
 
@@ -140,6 +140,11 @@ def openings(n: int, seed: int) -> list[str]:
     """
     every = [text for theme in _THEMES for text, _ in _openings(theme)]
     return random.Random(f"openings {seed}").sample(every, n)
+
+
+def ground_truth(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    """`true_reward` of each prompt with its completion: a reward to name, `prefopt.quickstart.corpus:ground_truth`."""
+    return [true_reward(prompt + completion) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
 def true_reward(text: str) -> float:

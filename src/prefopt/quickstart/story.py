@@ -8,14 +8,18 @@ from pathlib import Path
 import torch
 
 from prefopt.config import DPOConfig, SFTConfig
-from prefopt.evaluate.sampled import Comparison, compare, draw, pairs_from_samples
+from prefopt.evaluate.policy import draw
+from prefopt.evaluate.sampled import Comparison, compare, pairs_from_samples
 from prefopt.model.load import load_model
 from prefopt.progress import say
-from prefopt.quickstart.corpus import openings, reviews, true_reward
+from prefopt.quickstart.corpus import openings, reviews
 from prefopt.quickstart.seed_model import save_seed_model
 from prefopt.recipes import dpo, sft
 from prefopt.report.page import write_report
+from prefopt.rewards import Reward, open_reward
 from prefopt.run import RunFolder, write_atomically
+from prefopt.sampling.completions import Settings
+from prefopt.sampling.local import LocalModel
 
 __all__ = ["run_story"]
 
@@ -49,7 +53,8 @@ def run_story(out: Path, seed: int) -> Path:
 
     say(f"3/5 sampling {_SAMPLES} reviews for each of {_PROMPTS} openings; the truth picks best and worst")
     prompts = openings(_PROMPTS + _TEST_PROMPTS, seed)
-    pairs = _make_pairs(start.path, prompts[:_PROMPTS], seed)
+    truth = open_reward("prefopt.quickstart.corpus:ground_truth", device=torch.device("cpu"))
+    pairs = _make_pairs(start.path, prompts[:_PROMPTS], truth, seed)
     _write(out / "pairs.jsonl", pairs)
 
     say("4/5 DPO on those pairs")
@@ -73,7 +78,7 @@ def run_story(out: Path, seed: int) -> Path:
         str(start.path),
         str(aligned.path),
         prompts[_PROMPTS:],
-        true_reward,
+        truth,
         completions=_TEST_SAMPLES,
         max_new_tokens=_NEW_TOKENS,
         seed=seed + 1,
@@ -101,10 +106,10 @@ def _sft(model: Path, data: Path, out: Path, *, lr: float, epochs: int, seed: in
     )
 
 
-def _make_pairs(model: Path, prompts: list[str], seed: int) -> list[dict[str, str]]:
+def _make_pairs(model: Path, prompts: list[str], truth: Reward, seed: int) -> list[dict[str, str]]:
     loaded = load_model(str(model), dtype=torch.float32, device=torch.device("cpu"))
-    drawn = draw(loaded, prompts, _SAMPLES, max_new_tokens=_NEW_TOKENS, seed=seed, label="sampling")
-    pairs, tied = pairs_from_samples(prompts, drawn, true_reward)
+    drawn = draw(LocalModel.of(loaded), prompts, _SAMPLES, Settings(_NEW_TOKENS, seed=seed), "sampling")
+    pairs, tied = pairs_from_samples(prompts, drawn, truth)
     say(f"pairs: {len(pairs)} made, {tied} prompts left out because all their samples have the same reward")
     return pairs
 
