@@ -107,7 +107,8 @@ class Proximal:
 
     def _logprobs(self, model: torch.nn.Module, batch: PackedBatch) -> Float[Tensor, " targets"]:
         head = head_of(plain_model(model)).tempered(self.config.temperature)
-        return target_logprobs(head, target_hidden(model, batch, self.path), batch.targets)
+        logprobs: Tensor = target_logprobs(head, target_hidden(model, batch, self.path), batch.targets)
+        return logprobs
 
     def lesson(self, rollout: Rollout) -> Lesson:
         """Rewards of tokens, whitened if asked for; advantages, whitened; returns."""

@@ -187,9 +187,7 @@ class PPOConfig(TrainConfig):
     @model_validator(mode="after")
     def _controller_and_batches(self) -> "PPOConfig":
         if self.lora_dropout:
-            raise ValueError(
-                "lora_dropout cannot be had with ppo: what samples and what is trained would differ"
-            )
+            raise ValueError("lora_dropout cannot be had with ppo: what samples and what is trained would differ")
         if self.target_kl is None and self._changed("kl_horizon"):
             raise ValueError("kl_horizon does nothing without target_kl")
         if self.target_kl is not None and self.kl_coef == 0:

@@ -60,7 +60,8 @@ def value_model(config: PPOConfig, loaded: LoadedModel, steps: int) -> ValueMode
             expected="a reward model with the policy's tokens",
             todo="Use --value-from policy.",
         )
-    head: torch.nn.Linear = reward.model.score
+    head = reward.model.score
+    assert isinstance(head, torch.nn.Linear)
     value = ValueModel(make_policy(reward.model, config, steps=steps), head.weight.shape[1])
     head.requires_grad_(False)
     with torch.no_grad():

@@ -85,6 +85,7 @@ def train(config: PPOConfig, resumed: RunFolder | None = None) -> RunFolder:
             lr_factors={} if config.value_lr is None else {"value.": config.value_lr / config.lr},
             several=True,
             enough=learner.far,
+            note=lambda metrics: f"reward {metrics['reward']:.3f}, KL {metrics['kl']:.2f}",
             kept=learner.kept,
         ),
         learner.networks,

@@ -58,4 +58,4 @@ def _model_reward(spec: str, device: torch.device, dtype: torch.dtype) -> Reward
         ]
         return model.score(prompts, turns)
 
-    return Reward(spec, model.fingerprint, score)
+    return Reward(spec, model.fingerprint, score, model.tokenizer_fingerprint)

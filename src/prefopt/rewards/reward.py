@@ -25,11 +25,13 @@ class Reward:
         fingerprint: Of what it computes: two rewards with the same one give the same scores.
         function: (prompts, completions), one prompt a completion -> a number for each, as a list, an
             array or a tensor. What it gives is checked here.
+        tokenizer_fingerprint: Of a reward model's tokenizer; None where there is none.
     """
 
     name: str
     fingerprint: str
     function: Callable[[Sequence[Content], Sequence[str]], object]
+    tokenizer_fingerprint: str | None = None
 
     def score(self, prompts: Sequence[Content], completions: Sequence[str]) -> Float64[np.ndarray, " completions"]:
         """A finite number for each completion.

@@ -57,6 +57,7 @@ class Objective:
         enough: Whether the run ends with the step whose metrics these are.
         prepare: Is given the rows of a training step before it is computed.
         learn: Is given the metrics of every training step, those before a resumption first.
+        note: What the progress bar says of a step's metrics.
         kept: Tensors besides the weights that change; a checkpoint holds them, a resumption puts them back.
     """
 
@@ -73,6 +74,7 @@ class Objective:
     enough: Callable[[Mapping[str, Any]], bool] = lambda _: False
     prepare: Callable[[Sequence[CompletionGroup]], None] = lambda _: None
     learn: Callable[[Mapping[str, Any]], None] = lambda _: None
+    note: Callable[[Mapping[str, Any]], str] = lambda metrics: f"loss {metrics['loss']:.4f}"
     kept: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -183,7 +185,7 @@ def fit(
             metrics = _train_metrics(result, lr, seconds, len(rows), objective.unit)
             _log(run, health, step, "train", metrics)
             objective.learn(metrics)
-            bar.advance(1, note=f"loss {result.loss:.4f}")
+            bar.advance(1, note=objective.note(metrics))
             if objective.enough(metrics):
                 steps = step + 1
     return steps
