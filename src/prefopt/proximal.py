@@ -61,7 +61,8 @@ class Proximal:
 
     Attributes:
         networks: What is trained: `policy` and `value`.
-        kept: The sampler's state, for checkpoints: which batch of samples is next, and the price of its KL.
+        kept: The sampler's state, for checkpoints: which batch of samples is next, the price of its KL, and
+            what the reward is shifted and divided by.
     """
 
     def __init__(
@@ -91,7 +92,19 @@ class Proximal:
         self.kept = {
             "iteration": torch.zeros((), dtype=torch.int64),
             "kl_coef": torch.tensor(config.kl_coef, dtype=torch.float64),
+            "reward_mean": torch.zeros((), dtype=torch.float64),
+            "reward_sd": torch.ones((), dtype=torch.float64),
         }
+
+    def normalize(self, prompts: Sequence[CompletionGroup], tokens_per_batch: int) -> None:
+        """Learn shift and scale of the reward from samples of the starting model (Ziegler et al. 2019, section 2.1).
+
+        A value model starts at zero. If rewards were far from zero, every token shortly before an end would
+        look better than expected, and the policy would learn to end.
+        """
+        drawn = self._rollout(list(prompts), self.config.completions, [self.config.seed, 3], tokens_per_batch)
+        self.kept["reward_mean"].fill_(float(drawn.rewards.mean()))
+        self.kept["reward_sd"].fill_(float(drawn.rewards.std()) or 1.0)  # where all are alike there is no scale
 
     def score(self, batch: PackedBatch) -> Scores:
         """Policy, reference and value model on samples; all at the sampling temperature."""
@@ -114,6 +127,7 @@ class Proximal:
         """Rewards of tokens, whitened if asked for; advantages, whitened; returns."""
         config, counts = self.config, rollout.token_counts
         scores = torch.from_numpy(rollout.rewards).to(counts.device)
+        scores = (scores - float(self.kept["reward_mean"])) / float(self.kept["reward_sd"])
         if config.missing_eos_reward is not None:
             scores[torch.from_numpy(~rollout.finished)] = config.missing_eos_reward
         rewards = token_rewards(

@@ -158,12 +158,16 @@ class PPOConfig(TrainConfig):
     max_kl: Annotated[
         float | None, Field(description="Stop the run when a sequence's KL is beyond this many nats.", gt=0)
     ] = None
+    normalize_reward: Annotated[
+        bool, Field(description="Shift and scale it so that samples of the starting model have mean 0 and sd 1.")
+    ] = True
     missing_eos_reward: Annotated[
-        float | None, Field(description="Reward of a sample that does not end within max_new_tokens; default: its own.")
+        float | None,
+        Field(description="What a sample that does not end within max_new_tokens gets; default: its reward."),
     ] = None
     whiten_rewards: Annotated[
-        bool, Field(description="Scale each batch's rewards of tokens to variance 1; their mean stays.")
-    ] = True
+        bool, Field(description="Scale each batch's rewards of tokens to variance 1; for samples of one length.")
+    ] = False
     value_from: Annotated[
         Literal["policy", "reward"], Field(description="What the value model starts as: policy or reward model.")
     ] = "policy"

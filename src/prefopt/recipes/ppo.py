@@ -70,6 +70,8 @@ def train(config: PPOConfig, resumed: RunFolder | None = None) -> RunFolder:
         blank.groups,
         device,
     )
+    if config.normalize_reward:
+        learner.normalize(rows.train[: config.batch_prompts], budget)
     steps = fit(
         run,
         config,
