@@ -13,6 +13,7 @@ from cyclopts.help import DefaultFormatter, PanelSpec
 from rich import box
 
 from prefopt.config import (
+    BestOfConfig,
     ChatConfig,
     CheckConfig,
     DPOConfig,
@@ -70,19 +71,31 @@ _COMMANDS: dict[str, Callable[..., None]] = {}
 
 
 def _command(
-    kind: type[Any], examples: str, *, positional: str | None = None, file: bool = False, json: bool = True
+    kind: type[Any],
+    examples: str,
+    *,
+    positional: str | None = None,
+    file: bool = False,
+    json: bool = True,
+    under: App = app,
 ) -> Callable[[Callable[[Any, bool], None]], None]:
-    """Declare `body(config, json)` as a command with the flags of `kind`."""
+    """Declare `body(config, json)` as a command with the flags of `kind`.
+
+    Args:
+        under: The command it is a subcommand of.
+    """
 
     def declare(body: Callable[[Any, bool], None]) -> None:
-        run = with_flags_of(kind, positional=positional, file=file, json=json)(body)
-        usage = ["Usage: prefopt", body.__name__]
+        name = body.__name__.replace("_", "-")
+        full = name if under is app else f"{under.name[0]} {name}"
+        run = with_flags_of(kind, name=full, positional=positional, file=file, json=json)(body)
+        usage = ["Usage: prefopt", full]
         if positional is not None:
             several = "..." if positional == "data" else ""
             usage.append(positional_label(positional) + several)
         about = {"usage": " ".join([*usage, "[OPTIONS]"]), "help_epilogue": f"Examples:\n{examples}"}
-        app.command(run, sort_key=len(_COMMANDS), **about)
-        _COMMANDS[body.__name__] = run
+        under.command(run, name=name, sort_key=len(_COMMANDS), **about)
+        _COMMANDS[full] = run
 
     return declare
 
@@ -175,6 +188,29 @@ def score(config: ScoreConfig, as_json: bool) -> None:
 
     rows = score(config)
     _result({"out": str(config.out), "rows": rows}, as_json)
+
+
+evaluate = App(
+    name="evaluate", help="What alignment bought and what it cost, on fresh samples.", sort_key=len(_COMMANDS)
+)
+app.command(evaluate)
+
+
+@_command(
+    BestOfConfig,
+    "  prefopt evaluate best-of --model runs/sft --prompts prompts.jsonl --n 1 4 16 64 --out best.json\\\n"
+    "      --reward sentiment:vader_lexicon.txt\n"
+    "  prefopt evaluate best-of --model runs/sft --prompts prompts.jsonl --n 4 16 64 --out best.json\\\n"
+    "      --reward runs/reward --true-reward judges.mine:score",
+    file=True,
+    under=evaluate,
+)
+def best_of(config: BestOfConfig, as_json: bool) -> None:
+    """Best-of-N sampling: the reward of the best of N samples of each prompt, and a bound on the KL it costs."""
+    from prefopt.evaluate.best_of import evaluate_best_of
+
+    result = evaluate_best_of(config)
+    print(json.dumps(result.as_json(), ensure_ascii=False) if as_json else result.table())
 
 
 @_command(

@@ -37,7 +37,7 @@ def exit_code(run: Callable[[], object], tokens: Sequence[str], commands: Mappin
 
     Args:
         tokens: The command line, to know whether JSON is wanted.
-        commands: Names of all commands, for a hint.
+        commands: Names of all commands, for a hint; a subcommand's begins with its parent's.
     """
     try:
         code = _attempt(run, tokens, commands)
@@ -122,7 +122,7 @@ def _explain(error: CycloptsError, commands: Mapping[str, object]) -> ConfigErro
     where = " ".join(("prefopt", *(error.command_chain or ())))
     todo = f"`{where} --help` lists what it takes."
     if isinstance(error, UnknownCommandError):
-        return _unknown_command((error.unused_tokens or [""])[0], commands)
+        return _unknown_command((error.unused_tokens or [""])[0], error.command_chain or (), commands)
     if isinstance(error, UnknownOptionError):
         return _unknown_flag(error, where, todo)
     if isinstance(error, UnusedCliTokensError):
@@ -149,14 +149,18 @@ def _explain(error: CycloptsError, commands: Mapping[str, object]) -> ConfigErro
     return ConfigError(str(error), where=where, todo=todo)
 
 
-def _unknown_command(given: str, commands: Mapping[str, object]) -> ConfigError:
-    near = difflib.get_close_matches(given, list(commands), n=1)
+def _unknown_command(given: str, parents: Sequence[str], commands: Mapping[str, object]) -> ConfigError:
+    depth = len(parents)
+    words = [name.split() for name in commands]
+    here = list(dict.fromkeys(name[depth] for name in words if tuple(name[:depth]) == tuple(parents)))
+    near = difflib.get_close_matches(given, here, n=1)
+    parent = " ".join(("prefopt", *parents))
     return ConfigError(
         f"There is no command {given!r}.",
-        where="command line",
+        where=parent if parents else "command line",
         got=given,
-        expected="one of " + ", ".join(commands),
-        todo=f"Did you mean `prefopt {near[0]}`?" if near else "`prefopt --help` says what each does.",
+        expected="one of " + ", ".join(here),
+        todo=f"Did you mean `{parent} {near[0]}`?" if near else f"`{parent} --help` says what each does.",
     )
 
 

@@ -30,7 +30,7 @@ _MAPPINGS = {
 
 
 def with_flags_of(
-    kind: type[C], *, positional: str | None = None, file: bool = False, json: bool = True
+    kind: type[C], *, name: str = "", positional: str | None = None, file: bool = False, json: bool = True
 ) -> Callable[[Callable[[C, bool], None]], Callable[..., None]]:
     """Turn `command(config, json)` into a command with a flag for every field of `kind`.
 
@@ -38,6 +38,7 @@ def with_flags_of(
     the same bounds in the same words.
 
     Args:
+        name: What the command is called, for messages; default: the function's name.
         positional: The field that is given without a flag.
         file: Whether `--config FILE.yaml` is taken, too.
         json: Whether `--json` is taken.
@@ -48,10 +49,10 @@ def with_flags_of(
             as_json = bool(flags.pop("json", False))
             path = flags.pop("config", None)
             if positional is not None:
-                flags[positional] = _positional(kind, positional, command.__name__, positionals)
-            for name, (_, example) in _MAPPINGS.items():
-                if flags.get(name) is not None:
-                    flags[name] = _pairs(name, flags[name], example)
+                flags[positional] = _positional(kind, positional, name or command.__name__, positionals)
+            for mapping, (_, example) in _MAPPINGS.items():
+                if flags.get(mapping) is not None:
+                    flags[mapping] = _pairs(mapping, flags[mapping], example)
             config = parse_config(kind, None if path is None else Path(path), flags)
             try:
                 command(config, as_json)
@@ -150,11 +151,14 @@ def _help(field: FieldInfo, plain: Any) -> str:
 
 
 def _metavar(plain: Any) -> str:
+    names = {int: "N", float: "X", Path: "PATH", str: "NAME"}
     if get_origin(plain) is tuple:
-        return "NAME..."
+        element = get_args(plain)[0]
+        bare = get_args(element)[0] if get_origin(element) is Annotated else element
+        return names.get(bare, "NAME") + "..."
     if get_origin(plain) is Literal:
         return "WORD"
-    return {int: "N", float: "X", Path: "PATH", str: "NAME"}[plain]
+    return names[plain]
 
 
 def _pairs(flag: str, texts: tuple[str, ...], example: str) -> dict[str, str]:

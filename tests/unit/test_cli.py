@@ -13,13 +13,14 @@ import pytest
 from pydantic import BaseModel
 
 from prefopt.cli import main
-from prefopt.config import DPOConfig, QuickstartConfig, SFTConfig
+from prefopt.config import BestOfConfig, DPOConfig, QuickstartConfig, SFTConfig
 from prefopt.errors import DataError
 from prefopt.failure import exit_code
 from prefopt.flags import with_flags_of
 from prefopt.parse import flag_of
 
-COMMANDS = ["quickstart", "check", "sft", "dpo", "resume", "score", "chat", "merge"]
+COMMANDS = ["quickstart", "check", "sft", "dpo", "resume", "score", "evaluate", "chat", "merge"]
+COMMANDS += ["evaluate best-of"]
 GOLDEN = Path(__file__).parents[1] / "golden"
 ROW = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
 
@@ -50,22 +51,25 @@ def help_text(arguments: Sequence[str], capsys: pytest.CaptureFixture[str], patc
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_is_as_agreed(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """PREFOPT_GOLDEN=1 writes the files anew; read the difference before you keep it."""
-    text = help_text([command] if command else [], capsys, monkeypatch)
-    file = GOLDEN / f"help-{command or 'prefopt'}.txt"
+    text = help_text(command.split(), capsys, monkeypatch)
+    file = GOLDEN / f"help-{command.replace(' ', '-') or 'prefopt'}.txt"
     if os.environ.get("PREFOPT_GOLDEN"):
         file.write_text(text)
     assert text == file.read_text()
 
 
 def test_every_golden_file_belongs_to_a_command() -> None:
-    assert {p.name for p in GOLDEN.glob("help-*.txt")} == {f"help-{c}.txt" for c in ["prefopt", *COMMANDS]}
+    named = {f"help-{c.replace(' ', '-')}.txt" for c in ["prefopt", *COMMANDS]}
+    assert {p.name for p in GOLDEN.glob("help-*.txt")} == named
 
 
-@pytest.mark.parametrize(("command", "kind"), [("sft", SFTConfig), ("dpo", DPOConfig)])
+@pytest.mark.parametrize(
+    ("command", "kind"), [("sft", SFTConfig), ("dpo", DPOConfig), ("evaluate best-of", BestOfConfig)]
+)
 def test_help_has_every_setting_with_its_default_and_examples(
     command: str, kind: type[BaseModel], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = help_text([command], capsys, monkeypatch)
+    text = help_text(command.split(), capsys, monkeypatch)
     entries = {
         match[1]: " ".join(match[0].split()) for match in re.finditer(r"(?ms)^ (--[a-z-]+).*?(?=^ --|^\n)", text)
     }
@@ -82,7 +86,7 @@ def test_help_loads_nothing_heavy() -> None:
     heavy = ("torch", "transformers", "datasets", "matplotlib", "pyarrow", "peft", "numpy", "scipy", "jinja2")
     program = (
         "import sys\nfrom prefopt.cli import main\n"
-        f"for command in {COMMANDS!r}:\n    assert main([command, '--help']) == 0\n"
+        f"for command in {COMMANDS!r}:\n    assert main([*command.split(), '--help']) == 0\n"
         "main(['--help']), main(['dpo', '--model', 'm'])\n"
         f"print('LOADED', [name for name in {heavy!r} if name in sys.modules])\n"
     )
@@ -98,6 +102,11 @@ def test_version_is_that_of_the_package() -> None:
     ("arguments", "what", "hint"),
     [
         (["chek", "x"], "There is no command 'chek'.", "Did you mean `prefopt check`?"),
+        (["evaluate", "best"], "There is no command 'best'.", "Did you mean `prefopt evaluate best-of`?"),
+        (["evaluate", "quickstart"], "There is no command 'quickstart'.", "`prefopt evaluate --help`"),
+        (["evaluat"], "There is no command 'evaluat'.", "Did you mean `prefopt evaluate`?"),
+        (["evaluate", "best-of", "--sample", "3"], "There is no flag --sample here.", "Did you mean --samples?"),
+        (["evaluate", "best-of", "stray"], "prefopt evaluate best-of does not know what to do with this.", "stray"),
         (["dpo", "--batch-pair", "3"], "There is no flag --batch-pair here.", "Did you mean --batch-pairs?"),
         (["dpo", "--batch-pair=3"], "There is no flag --batch-pair here.", "Did you mean --batch-pairs?"),
         (["sft", "--beta", "1"], "There is no flag --beta here.", "`prefopt sft --help`"),

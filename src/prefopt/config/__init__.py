@@ -6,6 +6,7 @@ parsed; the resolved copy is saved in the run folder.
 
 from prefopt.config.base import DataConfig, RowsConfig, TrainConfig
 from prefopt.config.recipes import DPOConfig, PPOConfig, SFTConfig
+from prefopt.config.evaluate import BestOfConfig
 from prefopt.config.tools import (
     ChatConfig,
     CheckConfig,
@@ -16,6 +17,7 @@ from prefopt.config.tools import (
 )
 
 __all__ = [
+    "BestOfConfig",
     "ChatConfig",
     "CheckConfig",
     "DPOConfig",

@@ -35,7 +35,8 @@ from prefopt.sampling.local import LocalCompleted, LocalModel
 
 __all__ = ["PolicyPoint", "draw", "measure", "reward_of_samples", "sequence_kl"]
 
-_BATCH_TOKENS = 8192  # of one forward pass of both models
+_BATCH_TOKENS = 4096  # of one forward pass of each model; on a CPU more would fall out of its caches
+_SCORED = 512  # completions in one call of a reward
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,17 @@ def draw(
 def reward_of_samples(
     reward: Reward, prompts: Sequence[Content], drawn: Sequence[Sequence[Completed]]
 ) -> Float64[np.ndarray, "prompts completions"]:
-    """Scores of samples, as many of each prompt, in one call."""
-    asked = [prompt for prompt, group in zip(prompts, drawn, strict=True) for _ in group]
-    return reward.score(asked, [s.text for group in drawn for s in group]).reshape(len(prompts), -1)
+    """Scores of samples, as many of each prompt, some prompts in one call; under a progress bar."""
+    found = np.empty((len(prompts), len(drawn[0])))
+    at_once = max(1, _SCORED // len(drawn[0]))
+    with progress("rewards", total=len(prompts), unit="prompts") as bar:
+        for start in range(0, len(prompts), at_once):
+            part = slice(start, min(start + at_once, len(prompts)))
+            asked = [prompt for prompt, group in zip(prompts[part], drawn[part], strict=True) for _ in group]
+            scores = reward.score(asked, [s.text for group in drawn[part] for s in group])
+            found[part] = scores.reshape(-1, found.shape[1])
+            bar.advance(len(scores) // found.shape[1])
+    return found
 
 
 def sequence_kl(
@@ -133,7 +142,10 @@ def sequence_kl(
     *,
     temperature: float = 1.0,
 ) -> Float64[np.ndarray, "prompts completions"]:
-    """Per sample the exact KL of the next-token distributions, summed along it, in nats (see the module)."""
+    """Per sample the exact KL of the next-token distributions, summed along it, in nats (see the module).
+
+    Both models run over a bounded number of tokens at a time, under a progress bar.
+    """
     groups = [
         CompletionGroup(
             renderer.prompt_ids(prompt),
@@ -144,13 +156,14 @@ def sequence_kl(
     ]
     device = next(policy.parameters()).device
     found = np.empty((len(groups), len(drawn[0])))
-    with _evaluating(policy, reference):
+    with _evaluating(policy, reference), progress("KL", total=len(groups), unit="prompts") as bar:
         first = pack(groups[:1]).to(device)
         paths: tuple[Path, Path] = choose_path(policy, first).path, choose_path(reference, first).path
         for part in micro_batches(groups, _BATCH_TOKENS):
             batch = pack(part).to(device)
             sums = sequence_kl_sum_of_batch(policy, reference, batch, paths, temperature=temperature)
             found[[group.source.row for group in part]] = sums.cpu().numpy().reshape(len(part), -1)
+            bar.advance(len(part))
     return found
 
 
