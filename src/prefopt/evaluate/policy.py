@@ -13,7 +13,7 @@ logits by T everywhere. At T = 1 these are the models themselves.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -157,7 +157,8 @@ def sequence_kl(
     device = next(policy.parameters()).device
     found = np.empty((len(groups), len(drawn[0])))
     with _evaluating(policy, reference), progress("KL", total=len(groups), unit="prompts") as bar:
-        first = pack(groups[:1]).to(device)
+        # Two samples of a prompt show whether it can be shared; each is run by transformers one at a time.
+        first = pack([replace(groups[0], completions=groups[0].completions[:2])]).to(device)
         paths: tuple[Path, Path] = choose_path(policy, first).path, choose_path(reference, first).path
         for part in micro_batches(groups, _BATCH_TOKENS):
             batch = pack(part).to(device)

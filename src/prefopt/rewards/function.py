@@ -31,7 +31,8 @@ def function_reward(name: str) -> Reward:
     module = _import(name, module_name)
     function = getattr(module, attribute, None)
     if not callable(function):
-        there = [n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")]
+        own = (n for n, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module_name)
+        there = [n for n in own if not n.startswith("_")]
         raise RewardError(
             f"{attribute!r} is {'not in' if function is None else 'no function of'} the module.",
             where=f"reward {name}",
