@@ -1,13 +1,11 @@
 """From what the user wrote to a reward."""
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from prefopt.errors import RewardError
-from prefopt.records import Content, Message
 from prefopt.rewards.builtin import BUILTINS
 from prefopt.rewards.function import function_reward
 from prefopt.rewards.reward import Reward
@@ -49,13 +47,4 @@ def _model_reward(spec: str, device: torch.device, dtype: torch.dtype) -> Reward
     from prefopt.model.reward import load_reward_model  # brings transformers along
 
     model = load_reward_model(spec, dtype=dtype, device=device)
-
-    def score(prompts: Sequence[Content], completions: Sequence[str]) -> object:
-        # A completion is of its prompt's kind: text, or a turn.
-        turns = [
-            text if isinstance(prompt, str) else (Message("assistant", text),)
-            for prompt, text in zip(prompts, completions, strict=True)
-        ]
-        return model.score(prompts, turns)
-
-    return Reward(spec, model.fingerprint, score, model.tokenizer_fingerprint)
+    return Reward(spec, model.fingerprint, model.score, model.tokenizer_fingerprint)
