@@ -136,3 +136,11 @@ def test_mistakes_are_named_and_nothing_is_written(
     err = capsys.readouterr().err
     assert err.startswith(f"error: {what}\n") and more in err
     assert not (tmp_path / "o.json").exists()
+
+
+def test_a_file_without_a_prompt_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "none.jsonl"
+    file.write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}\n')
+    given = ["--model", "m", "--prompts", str(file), "--reward", "length:3", "--n", "2", "--out", str(tmp_path / "o")]
+    assert main(["evaluate", "best-of", *given]) == 2
+    assert f"error: No usable row is left.\n  where:    {file}\n" in capsys.readouterr().err

@@ -21,6 +21,7 @@ from rich.table import Table
 from prefopt.config import BestOfConfig
 from prefopt.data.audit import Audit
 from prefopt.data.read import read_records
+from prefopt.errors import DataError
 from prefopt.evaluate.estimate import Estimate
 from prefopt.evaluate.policy import draw, reward_of_samples
 from prefopt.model.load import load_model
@@ -129,18 +130,19 @@ def evaluate_best_of(config: BestOfConfig) -> BestOf:
 
     Raises:
         RewardError: a reward cannot be used or fails.
+        DataError: there is no prompt.
     """
     device, dtype = device_and_dtype(config.dtype)
     reward = open_reward(config.reward, device=device, dtype=dtype)
-    other = config.true_reward not in (None, config.reward)
-    true_reward = open_reward(str(config.true_reward), device=device, dtype=dtype) if other else reward
+    true_name = config.true_reward or config.reward
+    true_reward = reward if true_name == config.reward else open_reward(true_name, device=device, dtype=dtype)
     prompts = _prompts(config)
     loaded = load_model(config.model, dtype=dtype, device=device)
     samples = config.samples or max(config.n)
     settings = Settings(config.max_new_tokens, temperature=config.temperature, seed=config.seed)
     drawn = draw(LocalModel.of(loaded), prompts, samples, settings, "samples")
     chosen_by = reward_of_samples(reward, prompts, drawn)
-    valued = reward_of_samples(true_reward, prompts, drawn) if other else chosen_by
+    valued = chosen_by if true_reward is reward else reward_of_samples(true_reward, prompts, drawn)
     made_of = {
         "samples": samples,
         "prompts_used": len(prompts),
@@ -159,4 +161,6 @@ def _prompts(config: BestOfConfig) -> list[Content]:
     records = read_records(config.prompts, audit=audit)
     prompts = list(dict.fromkeys(record.prompt for record in records))
     say(f"prompts: {len(prompts):,} distinct of {audit.summary()}")
+    if not prompts:
+        raise DataError("No usable row is left.", where=", ".join(config.prompts), got=audit.summary())
     return prompts

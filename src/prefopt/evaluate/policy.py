@@ -144,7 +144,7 @@ def sequence_kl(
 ) -> Float64[np.ndarray, "prompts completions"]:
     """Per sample the exact KL of the next-token distributions, summed along it, in nats (see the module).
 
-    Both models run over a bounded number of tokens at a time, under a progress bar.
+    Both models run over a bounded number of tokens at a time, or the samples of one prompt, under a progress bar.
     """
     groups = [
         CompletionGroup(
