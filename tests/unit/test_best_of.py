@@ -101,7 +101,7 @@ def test_the_command_writes_every_n(folder: Path, capsys: pytest.CaptureFixture[
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert found == json.loads((folder / "o.json").read_text())
-    assert "prompts: 3 distinct of 6 read" in err and "samples: 3/3 prompts" in err
+    assert "6 read: 3 kept, 3 mended (3 prompt_repeated); 3 prompts" in err and "samples: 3/3 prompts" in err
     assert (found["samples"], found["prompts_used"], found["reward"]) == (8, 3, "regex:[a-e]")
     assert [p["n"] for p in found["points"]] == [1, 4, 8]
     means = [p["reward"]["mean"] for p in found["points"]]
@@ -140,7 +140,7 @@ def test_mistakes_are_named_and_nothing_is_written(
 
 def test_a_file_without_a_prompt_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "none.jsonl"
-    file.write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}\n')
+    file.write_text('{"text": "a"}\n')
     given = ["--model", "m", "--prompts", str(file), "--reward", "length:3", "--n", "2", "--out", str(tmp_path / "o")]
     assert main(["evaluate", "best-of", *given]) == 2
     assert f"error: No usable row is left.\n  where:    {file}\n" in capsys.readouterr().err

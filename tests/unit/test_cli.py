@@ -19,7 +19,7 @@ from prefopt.failure import exit_code
 from prefopt.flags import with_flags_of
 from prefopt.parse import flag_of
 
-COMMANDS = ["quickstart", "check", "sft", "dpo", "resume", "score", "evaluate", "chat", "merge"]
+COMMANDS = ["quickstart", "check", "sft", "dpo", "ppo", "resume", "score", "evaluate", "chat", "merge"]
 COMMANDS += ["evaluate best-of"]
 GOLDEN = Path(__file__).parents[1] / "golden"
 ROW = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'

@@ -5,8 +5,8 @@ parsed; the resolved copy is saved in the run folder.
 """
 
 from prefopt.config.base import DataConfig, RowsConfig, TrainConfig
-from prefopt.config.recipes import DPOConfig, PPOConfig, SFTConfig
 from prefopt.config.evaluate import BestOfConfig
+from prefopt.config.recipes import DPOConfig, PPOConfig, SFTConfig
 from prefopt.config.tools import (
     ChatConfig,
     CheckConfig,

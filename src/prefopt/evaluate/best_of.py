@@ -9,6 +9,7 @@ choosing reward, any of those that are best is taken with the same probability.
 import io
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +21,13 @@ from rich.table import Table
 
 from prefopt.config import BestOfConfig
 from prefopt.data.audit import Audit
-from prefopt.data.read import read_records
+from prefopt.data.prompts import Prompt, prompt_groups
+from prefopt.data.read import read_prompts
 from prefopt.errors import DataError
 from prefopt.evaluate.estimate import Estimate
 from prefopt.evaluate.policy import draw, reward_of_samples
-from prefopt.model.load import load_model
+from prefopt.model.load import load_model, max_positions
+from prefopt.model.logprobs import plain_model
 from prefopt.progress import say
 from prefopt.records import Content
 from prefopt.rewards import open_reward
@@ -136,11 +139,15 @@ def evaluate_best_of(config: BestOfConfig) -> BestOf:
     reward = open_reward(config.reward, device=device, dtype=dtype)
     true_name = config.true_reward or config.reward
     true_reward = reward if true_name == config.reward else open_reward(true_name, device=device, dtype=dtype)
-    prompts = _prompts(config)
+    audit = Audit()
+    found = read_prompts(config.prompts, audit=audit)
+    _some(found, config, audit)
     loaded = load_model(config.model, dtype=dtype, device=device)
+    model = LocalModel.of(loaded)
+    prompts = _fitting(config, found, model, audit)
     samples = config.samples or max(config.n)
     settings = Settings(config.max_new_tokens, temperature=config.temperature, seed=config.seed)
-    drawn = draw(LocalModel.of(loaded), prompts, samples, settings, "samples")
+    drawn = draw(model, prompts, samples, settings, "samples")
     chosen_by = reward_of_samples(reward, prompts, drawn)
     valued = chosen_by if true_reward is reward else reward_of_samples(true_reward, prompts, drawn)
     made_of = {
@@ -155,12 +162,16 @@ def evaluate_best_of(config: BestOfConfig) -> BestOf:
     return result
 
 
-def _prompts(config: BestOfConfig) -> list[Content]:
-    """Distinct prompts of the rows, in their order."""
-    audit = Audit()
-    records = read_records(config.prompts, audit=audit)
-    prompts = list(dict.fromkeys(record.prompt for record in records))
-    say(f"prompts: {len(prompts):,} distinct of {audit.summary()}")
-    if not prompts:
+def _fitting(config: BestOfConfig, found: Sequence[Prompt], model: LocalModel, audit: Audit) -> list[Content]:
+    """The prompts that leave room for a sample; others are refused by row."""
+    limit = max_positions(plain_model(model.model).config)
+    room = sys.maxsize if limit is None else limit - config.max_new_tokens
+    fitting = {group.source for group in prompt_groups(found, model.renderer, longest=room, audit=audit)}
+    say(f"rows: {audit.summary()}; {len(fitting):,} prompts")
+    return _some([prompt for prompt in found if prompt.source in fitting], config, audit)
+
+
+def _some(found: Sequence[Prompt], config: BestOfConfig, audit: Audit) -> list[Content]:
+    if not found:
         raise DataError("No usable row is left.", where=", ".join(config.prompts), got=audit.summary())
-    return prompts
+    return [prompt.content for prompt in found]
