@@ -96,6 +96,7 @@ def _tensor(name: str, margin: Tensor, wanted: bool) -> Tensor | None:
     ranked = torch.stack([DEPTH + margin / 2, DEPTH + 0 * margin, DEPTH - margin / 2])
     part = 0.5 if name.endswith(("_head", "_tail")) else 1.0
     tensors = {
+        "rewards": (ranked - DEPTH)[None],
         "policy_chosen": part * ranked[:1],
         "policy_rejected": part * ranked[2:],
         "reference_chosen": part * DEPTH * torch.ones_like(ranked[:1]),
@@ -133,6 +134,8 @@ def across(name: str) -> str:
     parameters = inspect.signature(getattr(prefopt.losses, name)).parameters
     if "logprob_sum" in parameters:
         return "nats above a log-probability of -40"
+    if name == "reward_ranking":
+        return "reward, best - worst of three"
     if name == "plackett_luce":
         return "log-ratio, best - worst of three, nats"
     if "desirable" in parameters:

@@ -54,7 +54,8 @@ class Demonstration:
 class Comparison:
     """A prompt with two completions, one preferred; `weight` multiplies its loss.
 
-    `probability` is a judge's that `chosen` is the better one.
+    `probability` is a judge's that `chosen` is the better one. `margin` says by how much, in the units
+    of a reward model's scores.
     """
 
     prompt: Content
@@ -63,6 +64,7 @@ class Comparison:
     source: Source
     weight: float = 1.0
     probability: float = 1.0
+    margin: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -227,6 +227,8 @@ REFUSED: list[tuple[str, Any]] = [
     ("wrong_type", {"messages": [U, {"role": "assistant", "content": [{"type": "image"}]}]}),
     ("wrong_type", {"prompt": "x", "completion": "y", "label": "maybe"}),
     ("wrong_type", {"prompt": "x", "completion": "y", "label": 0.5}),
+    ("wrong_type", {"prompt": "x", "chosen": "y", "rejected": "z", "margin": -0.5}),
+    ("wrong_type", {"prompt": "x", "chosen": "y", "rejected": "z", "margin": "much"}),
     ("wrong_type", {"prompt": "x", "completion": "y", "weight": -1}),
     ("wrong_type", {"prompt": "x", "completion": "y", "weight": float("nan")}),
     ("wrong_type", {"prompt": "x", "completion": "y", "weight": True}),
@@ -282,6 +284,12 @@ def test_nul_and_lone_surrogates_are_replaced_and_said() -> None:
     parsed = parse_row({"prompt": "a\0b", "chosen": "c\ud800", "rejected": "d\udfff\0", "id": "\0"}, SOURCE)
     assert parsed.record == Comparison("a\ufffdb", "c\ufffd", "d\ufffd\ufffd", SOURCE)
     assert set(parsed.mends) == {"nul_characters", "lone_surrogates"}
+
+
+def test_a_pair_says_by_how_much_and_how_surely() -> None:
+    row = {"prompt": "x", "chosen": "y", "rejected": "z", "margin": "1.5", "probability": 0.7, "weight": 2}
+    expected = Comparison("x", "y", "z", SOURCE, weight=2.0, probability=0.7, margin=1.5)
+    assert parse_row(row, SOURCE).record == expected
 
 
 def test_unused_columns_are_known() -> None:

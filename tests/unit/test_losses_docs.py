@@ -33,6 +33,7 @@ MODULES = (
     "unreferenced",
     "unpaired",
     "ranked",
+    "reward",
     "likelihood",
     "total",
     "weighting",

@@ -50,7 +50,7 @@ def test_what_the_kernels_get_segment_by_segment_and_slot_by_slot() -> None:
 def test_the_whole_batch_moves() -> None:
     batch = pack(random_groups([(5, 4, 3), (2, 6)])).to(torch.device("meta"), non_blocking=True)
     tensors = [v for part in (batch, batch.layout) for v in vars(part).values() if isinstance(v, torch.Tensor)]
-    assert len(tensors) == 10 + 6
+    assert len(tensors) == 11 + 6
     assert all(tensor.is_meta for tensor in tensors)
 
 

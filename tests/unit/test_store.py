@@ -18,7 +18,7 @@ from tiny import completion, group, random_groups
 
 
 def same(a: CompletionGroup, b: CompletionGroup) -> bool:
-    facts = [(g.source, g.weight, g.truncated, g.prompt_ids.tolist()) for g in (a, b)]
+    facts = [(g.source, g.weight, g.label, g.margin, g.truncated, g.prompt_ids.tolist()) for g in (a, b)]
     arrays = [[(c.ids.tolist(), c.trainable.tolist()) for c in g.completions] for g in (a, b)]
     kinds = {(c.ids.dtype, c.trainable.dtype) for c in b.completions}
     return facts[0] == facts[1] and arrays[0] == arrays[1] and kinds <= {(np.dtype(np.int32), np.dtype(bool))}
@@ -45,6 +45,8 @@ def test_a_store_gives_back_what_was_written(
             ),
             Source(file, number + 1, line),
             weight=1 / (number + 3),
+            label=1 / (number + 5),
+            margin=number / 7,
             truncated=cut,
         )
         for number, (prompt, sides, file, line, cut) in enumerate(rows)

@@ -317,10 +317,12 @@ def test_conversations_without_template_are_human_assistant_text() -> None:
     assert tokenizer.decode(group.completions[0].ids) == " hi<|im_end|>"
 
 
-def test_rating_and_weight_are_carried() -> None:
-    pair = Comparison("hi", "hello", "there", SOURCE, weight=0.25)
+def test_rating_weight_and_margin_are_carried() -> None:
+    pair = Comparison("hi", "hello", "there", SOURCE, weight=0.25, margin=1.5)
     weighted, rated = groups(llama(), pair, Rating("hi", " hello", True, SOURCE))
     assert (weighted.weight, rated.weight, len(rated.completions)) == (0.25, 1.0, 1)
+    assert (weighted.margin, rated.margin) == (1.5, 0.0)
+    assert pack([weighted, rated]).margins.tolist() == [1.5, 0.0]
 
 
 # --- length ---------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ __all__ = ["COLUMNS", "RECOGNISED", "Parsed", "Row", "alpaca_prompt", "pair_side
 # Our names, which a column mapping may give to other columns.
 COLUMNS = (
     *("prompt", "chosen", "rejected", "completion", "completions", "scores", "text", "messages"),
-    *("label", "weight", "probability", "system"),
+    *("label", "weight", "probability", "margin", "system"),
 )
 RECOGNISED = frozenset((*COLUMNS, "conversations", "instruction", "input", "output", "history"))
 
@@ -123,16 +123,21 @@ class Row:
     @property
     def weight(self) -> float:
         """The row's weight, 1 by default."""
-        return self._number("weight", math.inf, "a number of at least 0")
+        return self._number("weight", 1.0, math.inf, "a number of at least 0")
 
     @property
     def probability(self) -> float:
         """A judge's probability that the chosen completion is the better one, or a label right; 1 by default."""
-        return self._number("probability", 1.0, "a number from 0 to 1")
+        return self._number("probability", 1.0, 1.0, "a number from 0 to 1")
 
-    def _number(self, name: str, most: float, expected: str) -> float:
+    @property
+    def margin(self) -> float:
+        """By how much the chosen completion is the better one; 0 by default."""
+        return self._number("margin", 0.0, math.inf, "a number of at least 0")
+
+    def _number(self, name: str, default: float, most: float, expected: str) -> float:
         if name not in self:
-            return 1.0
+            return default
         value = self[name]
         try:
             number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
@@ -171,7 +176,8 @@ def _record(row: Row, source: Source) -> Record:
         sides = _two_outputs(row) if two_outputs and "chosen" not in row else pair_sides(row)
         sides = _with_system(row, sides)
         _check(sides)
-        return Comparison(sides.prompt, sides.completions[0], sides.completions[1], source, row.weight, row.probability)
+        told = (row.weight, row.probability, row.margin)
+        return Comparison(sides.prompt, sides.completions[0], sides.completions[1], source, *told)
     if "completions" in row:
         sides = _with_system(row, _ranked(row))
         _check(sides)

@@ -31,7 +31,8 @@ class CompletionGroup:
     `weight` multiplies the group's loss. `label` is the probability that the first completion is the
     better one; of a single one that somebody rated, the probability that it is good. `source` names
     the row it was made from. `truncated` says that a completion lost its end to the length limit.
-    `place` is its number among the groups it was stored with (`data/store.py`), or None.
+    `place` is its number among the groups it was stored with (`data/store.py`), or None. `margin` is by
+    how much the first completion of a pair is the better one.
     """
 
     prompt_ids: Int32[np.ndarray, " prompt"]
@@ -41,6 +42,7 @@ class CompletionGroup:
     truncated: bool = False
     place: int | None = None
     label: float = 1.0
+    margin: float = 0.0
 
     @property
     def tokens(self) -> int:

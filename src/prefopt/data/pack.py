@@ -111,6 +111,7 @@ class PackedBatch:
         places: `group.place` of each group; an index that no table has where it stands in none.
         weights: Loss weight of each group.
         labels: `group.label` of each group.
+        margins: `group.margin` of each group.
         truncated: 1 for each group with a cut completion, else 0.
         groups: The groups packed, in order.
     """
@@ -126,6 +127,7 @@ class PackedBatch:
     places: Int[Tensor, " groups"]
     weights: Float[Tensor, " groups"]
     labels: Float[Tensor, " groups"]
+    margins: Float[Tensor, " groups"]
     truncated: Float[Tensor, " groups"]
     groups: tuple[CompletionGroup, ...]
 
@@ -207,6 +209,7 @@ def pack(groups: Sequence[CompletionGroup]) -> PackedBatch:
         places=torch.tensor([_NOWHERE if g.place is None else g.place for g in groups]),
         weights=torch.tensor([g.weight for g in groups], dtype=torch.float32),
         labels=torch.tensor([g.label for g in groups], dtype=torch.float32),
+        margins=torch.tensor([g.margin for g in groups], dtype=torch.float32),
         truncated=torch.tensor([float(g.truncated) for g in groups]),
         groups=tuple(groups),
     )

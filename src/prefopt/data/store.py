@@ -1,8 +1,8 @@
 """Completion groups on disk: read one at a time, so that memory does not grow with the data.
 
 A group is one run of 32-bit numbers: a header (file, row, line, whether it was cut, K, prompt
-length, the halves of weight and label, the K completion lengths), the prompt's ids, then the ids of each
-completion; a token that is not trained on stands as its complement, a negative number. In memory
+length, the halves of weight, label and margin, the K completion lengths), the prompt's ids, then the ids of
+each completion; a token that is not trained on stands as its complement, a negative number. In memory
 stay 14 bytes a row, and 8 for each selection of rows it is in.
 """
 
@@ -20,7 +20,7 @@ from prefopt.records import Source
 
 __all__ = ["GroupStore", "token_counts"]
 
-_HEADER = 10  # numbers in front of the completion lengths
+_HEADER = 12  # numbers in front of the completion lengths
 _NO_LINE = -1
 
 
@@ -107,7 +107,7 @@ class GroupStore(Sequence[CompletionGroup]):
         numbers = _HEADER + k + int(stored.tokens[place])
         data = np.frombuffer(stored.scratch.read(int(stored.starts[place]), 4 * numbers), dtype=np.int32)
         file, row, line, truncated, _, prompt = data[:6].tolist()
-        weight, label = data[6:_HEADER].copy().view(np.float64).tolist()
+        weight, label, margin = data[6:_HEADER].copy().view(np.float64).tolist()
         ends = np.cumsum(data[_HEADER : _HEADER + k]).tolist()
         start = _HEADER + k + prompt
         return CompletionGroup(
@@ -118,6 +118,7 @@ class GroupStore(Sequence[CompletionGroup]):
             bool(truncated),
             place,
             label,
+            margin,
         )
 
 
@@ -133,7 +134,7 @@ def _encoded(group: CompletionGroup, file: int) -> bytes:
     return np.concatenate(
         [
             np.array(header, dtype=np.int32),
-            np.array([group.weight, group.label], dtype=np.float64).view(np.int32),
+            np.array([group.weight, group.label, group.margin], dtype=np.float64).view(np.int32),
             np.array([len(c.ids) for c in group.completions], dtype=np.int32),
             group.prompt_ids,
             *(np.where(c.trainable, c.ids, ~c.ids) for c in group.completions),

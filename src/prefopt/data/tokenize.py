@@ -253,6 +253,7 @@ class Renderer:
             record.source,
             record.weight,
             label=_label(record),
+            margin=record.margin if isinstance(record, Comparison) else 0.0,
         )
 
     def _completion(

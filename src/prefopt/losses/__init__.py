@@ -7,6 +7,7 @@ from prefopt.losses.likelihood import negative_log_likelihood, sequence_mean_nll
 from prefopt.losses.margins import discopop, exo, hinge, ipo, ipo_sum
 from prefopt.losses.preference import dpo, robust_dpo
 from prefopt.losses.ranked import plackett_luce
+from prefopt.losses.reward import reward_ranking
 from prefopt.losses.total import LossTotal, weighted_sum
 from prefopt.losses.transport import aot, aot_unpaired
 from prefopt.losses.unpaired import bco, kto, kto_kl
@@ -40,6 +41,7 @@ __all__ = [
     "orpo",
     "plackett_luce",
     "r_dpo",
+    "reward_ranking",
     "robust_dpo",
     "sequence_mean_nll",
     "simpo",

@@ -2,12 +2,12 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from prefopt.losses.total import LossTotal
 
-__all__ = ["plackett_luce"]
+__all__ = ["plackett_luce", "ranking_metrics"]
 
 
 def plackett_luce(
@@ -62,20 +62,28 @@ def plackett_luce(
             both = torch.where(some_below, torch.logaddexp(rewards[:, k], below), rewards[:, k])
             below = torch.where(here, both, below)
             some_below = some_below | here
+    best, worst = _ends(present)
+    logps = policy.detach()
+    metrics = {"logps/chosen": logps.gather(1, best).squeeze(1), "logps/rejected": logps.gather(1, worst).squeeze(1)}
     return LossTotal(
         losses=losses if weights is None else losses * weights,
         count=len(losses),
-        metrics=_ranking_metrics(rewards.detach(), policy.detach(), present),
+        metrics=ranking_metrics(rewards.detach(), present) | metrics,
     )
 
 
-def _ranking_metrics(
-    rewards: Float[Tensor, "groups k"], policy: Float[Tensor, "groups k"], present: Bool[Tensor, "groups k"]
-) -> dict[str, Float[Tensor, " groups"]]:
-    """The best present against the worst present, and the share of pairs in order."""
-    k = rewards.shape[1]
+def _ends(present: Bool[Tensor, "groups k"]) -> tuple[Int[Tensor, "groups 1"], Int[Tensor, "groups 1"]]:
+    """Places of the best and of the worst completion that are present."""
     best = present.int().argmax(1, keepdim=True)
-    worst = k - 1 - present.flip(1).int().argmax(1, keepdim=True)
+    return best, present.shape[1] - 1 - present.flip(1).int().argmax(1, keepdim=True)
+
+
+def ranking_metrics(
+    rewards: Float[Tensor, "groups k"], present: Bool[Tensor, "groups k"]
+) -> dict[str, Float[Tensor, " groups"]]:
+    """The best present against the worst present, and the share of pairs in order; what is absent is 0."""
+    k = rewards.shape[1]
+    best, worst = _ends(present)
     above, under = torch.triu_indices(k, k, offset=1, device=rewards.device)
     pairs = present[:, above] & present[:, under]  # [groups, k * (k - 1) / 2]
     order = torch.where(pairs, (rewards[:, above] - rewards[:, under]).sign(), 0.0).sum(1)
@@ -85,6 +93,4 @@ def _ranking_metrics(
         "rewards/rejected": rejected,
         "rewards/margins": chosen - rejected,
         "rewards/accuracies": 0.5 * (1 + order / pairs.sum(1).clamp(min=1)),
-        "logps/chosen": policy.gather(1, best).squeeze(1),
-        "logps/rejected": policy.gather(1, worst).squeeze(1),
     }

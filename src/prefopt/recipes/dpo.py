@@ -208,6 +208,8 @@ class _Selection:
             if isinstance(record, Comparison | Rating) and record.probability != 1:
                 self._need(record, ("soft_labels", "chosen_wins"), f"probability {record.probability:g}")
                 self.soft = True
+            if isinstance(record, Comparison) and record.margin:
+                self._need(record, (), f"margin {record.margin:g}", "no margin, or `prefopt reward`, which has one")
             if isinstance(record, Comparison) and self._over == "rankings":
                 record = Ranking(record.prompt, (record.chosen, record.rejected), record.source, record.weight)
             if not isinstance(record, _RECORDS[self._over]):
@@ -233,7 +235,13 @@ class _Selection:
             todo=todo,
         )
 
-    def _need(self, record: Record, tensors: tuple[str, ...], got: str) -> None:
+    def _need(
+        self,
+        record: Record,
+        tensors: tuple[str, ...],
+        got: str,
+        expected: str = "1, or a loss whose equation has one, such as dpo",
+    ) -> None:
         """That every term has a place for what the row brings along."""
         for term in self._terms:
             if inputs_of([term]).isdisjoint(tensors):
@@ -242,7 +250,7 @@ class _Selection:
                     f"The loss {term.name} has no place for a row's {column}.",
                     where=str(record.source),
                     got=got,
-                    expected="1, or a loss whose equation has one, such as dpo",
+                    expected=expected,
                     todo=f"Take another loss, or leave the column {column} out.",
                 )
 
