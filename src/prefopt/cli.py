@@ -21,6 +21,7 @@ from prefopt.config import (
     PPOConfig,
     QuickstartConfig,
     ResumeConfig,
+    RewardConfig,
     ScoreConfig,
     SFTConfig,
 )
@@ -156,6 +157,20 @@ def dpo(config: DPOConfig, as_json: bool) -> None:
 
 
 @_command(
+    RewardConfig,
+    "  prefopt reward --model runs/sft --data pairs.jsonl --out runs/reward\n"
+    "  prefopt reward --model runs/sft --data rankings.jsonl --out runs/reward --normalize scale\n"
+    "  prefopt reward --config configs/reward.yaml --seed 1",
+    file=True,
+)
+def reward(config: RewardConfig, as_json: bool) -> None:
+    """Train a reward model on pairs or rankings: a score for any completion, for `prefopt ppo` or Best-of-N."""
+    from prefopt.recipes.reward import train
+
+    _trained(train(config), as_json)
+
+
+@_command(
     PPOConfig,
     "  prefopt ppo --model runs/sft --data prompts.jsonl --reward runs/reward --out runs/ppo\n"
     "  prefopt ppo --model runs/sft --data pairs.jsonl --reward rewards:score --target-kl 6 --out runs/ppo",
@@ -179,11 +194,12 @@ def resume(config: ResumeConfig, as_json: bool) -> None:
 @_command(
     ScoreConfig,
     "  prefopt score --model runs/dpo --data pairs.jsonl --out scores.jsonl\n"
-    "  prefopt score --model runs/dpo --reference models/base --data pairs.jsonl --out rewards.jsonl",
+    "  prefopt score --model runs/dpo --reference models/base --data pairs.jsonl --out rewards.jsonl\n"
+    "  prefopt score --reward-model runs/reward --data pairs.jsonl --out scores.jsonl",
     file=True,
 )
 def score(config: ScoreConfig, as_json: bool) -> None:
-    """Log-probabilities of every completion, and implicit rewards against a reference, as JSON lines."""
+    """Log-probabilities, implicit rewards against a reference, or a reward model's scores, as JSON lines."""
     from prefopt.recipes.score import score
 
     rows = score(config)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from prefopt.config import TrainConfig
+from prefopt.config import PolicyConfig
 from prefopt.data.group import CompletionGroup
 from prefopt.data.tokenize import Renderer
 from prefopt.model.load import LoadedModel, save_model
@@ -15,19 +16,19 @@ from prefopt.model.sample import Sampled, sample
 from prefopt.report.page import write_report
 from prefopt.run import RunFolder, write_atomically
 
-__all__ = ["Sampler", "finish"]
+__all__ = ["Sampler", "finish", "save_and_report"]
 
 
 @dataclass(frozen=True)
 class Sampler:
     """Completes the same held-out prompts before and after training, with the same seed."""
 
-    config: TrainConfig
+    config: PolicyConfig
     renderer: Renderer
     prompts: tuple[np.ndarray, ...]
 
     @classmethod
-    def over(cls, config: TrainConfig, renderer: Renderer, groups: Sequence[CompletionGroup]) -> "Sampler":
+    def over(cls, config: PolicyConfig, renderer: Renderer, groups: Sequence[CompletionGroup]) -> "Sampler":
         """The first `config.samples` distinct prompts of `groups`."""
         distinct: dict[bytes, np.ndarray] = {}
         for group in groups if config.samples else ():
@@ -63,6 +64,11 @@ def finish(
         for p, b, a in zip(sampler.prompts, before, sampler.complete(policy), strict=True)
     ]
     write_atomically(run.path / "samples.jsonl", "".join(line + "\n" for line in lines).encode())
-    save_model(policy, loaded.tokenizer, run.model)
+    save_and_report(run, policy, loaded.tokenizer, step)
+
+
+def save_and_report(run: RunFolder, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, step: int) -> None:
+    """`model/`, `report.html`, and the event that says the run is whole."""
+    save_model(model, tokenizer, run.model)
     run.event("finished", step=step)
     write_report(run.path)

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from prefopt.config import DataConfig, DPOConfig, SFTConfig
+from prefopt.config import DPOConfig, RewardConfig, SFTConfig, UsableRowsConfig
 from prefopt.errors import ConfigError
 
 __all__ = ["flag_of", "parse_config"]
@@ -101,7 +101,11 @@ class _Given:
         known = sorted(self.kind.model_fields)
         free = [k for k in known if k not in self.keys and k not in self.flags]
         near = difflib.get_close_matches(name.replace("-", "_").lower(), free, n=1)
-        others = [k.__name__.removesuffix("Config").lower() for k in (SFTConfig, DPOConfig) if name in k.model_fields]
+        others = [
+            k.__name__.removesuffix("Config").lower()
+            for k in (SFTConfig, DPOConfig, RewardConfig)
+            if name in k.model_fields
+        ]
         todo = f"Did you mean {near[0]}?" if near else None
         return ConfigError(
             f"There is no setting {name!r} here.",
@@ -115,7 +119,7 @@ class _Given:
         """Pydantic's first complaint in our form; everything missing at once."""
         missing = [str(e["loc"][0]) for e in errors if e["type"] == "missing"]
         if missing:
-            file = ", or the same names as keys of a --config file" if issubclass(self.kind, DataConfig) else ""
+            file = ", or the same names as keys of a --config file" if issubclass(self.kind, UsableRowsConfig) else ""
             return ConfigError(
                 f"{'Settings are' if len(missing) > 1 else 'A setting is'} missing: {', '.join(missing)}.",
                 where=str(self.file or "command line"),

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from prefopt.losses import LossTotal, weighted_sum
 from prefopt.objectives import Term
 
 __all__ = [
+    "Grouped",
+    "by_group",
     "combined",
     "heads_of",
     "inputs_of",
@@ -141,20 +143,33 @@ def ranking_tensors(
     K is the batch's largest; smaller groups are filled up with zeros, where `present` is False.
     """
     assert reference is not None
-    sizes = [len(group.completions) for group in batch.groups]
-    k = max(sizes)
-    sums = _by_sequence(batch, logprobs)
-    slots = [row * k + place for row, size in enumerate(sizes) for place in range(size)]
-    at = torch.tensor(slots, device=sums.device)
-    policy = sums.new_zeros(len(sizes) * k).index_copy(0, at, sums).view(-1, k)
-    present = torch.zeros(len(sizes) * k, dtype=torch.bool, device=sums.device)
-    present[at] = True
+    policy = by_group(batch, _by_sequence(batch, logprobs))
     return {
-        "policy": policy,
-        "reference": reference[:, :k].nan_to_num(0.0),
-        "present": present.view(-1, k),
+        "policy": policy.values,
+        "reference": reference[:, : policy.values.shape[1]].nan_to_num(0.0),
+        "present": policy.present,
         "weights": batch.weights,
     }
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """A number for each completion of each group; 0 where a group has fewer than others, and `present` False."""
+
+    values: Float[Tensor, "groups k"]
+    present: Bool[Tensor, "groups k"]
+
+
+def by_group(batch: PackedBatch, values: Float[Tensor, " sequences"]) -> Grouped:
+    """What belongs to sequences, group by group; differentiable."""
+    sizes = [len(group.completions) for group in batch.groups]
+    k = max(sizes)
+    slots = [row * k + place for row, size in enumerate(sizes) for place in range(size)]
+    at = torch.tensor(slots, device=values.device)
+    filled = values.new_zeros(len(sizes) * k).index_copy(0, at, values)
+    present = torch.zeros(len(sizes) * k, dtype=torch.bool, device=values.device)
+    present[at] = True
+    return Grouped(filled.view(-1, k), present.view(-1, k))
 
 
 def heads_of(pair: CompletionGroup) -> CompletionGroup:

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
 
-from prefopt.config import DPOConfig, PPOConfig, SFTConfig, TrainConfig
+from prefopt.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig, TrainConfig
 from prefopt.errors import RunError
 from prefopt.progress import say
-from prefopt.recipes import dpo, ppo, sft
+from prefopt.recipes import dpo, ppo, reward, sft
 from prefopt.run import RunFolder
 
 __all__ = ["resume"]
@@ -16,6 +16,7 @@ _RECIPES: dict[str, tuple[type[TrainConfig], Callable[..., RunFolder]]] = {
     "sft": (SFTConfig, sft.train),
     "dpo": (DPOConfig, dpo.train),
     "ppo": (PPOConfig, ppo.train),
+    "reward": (RewardConfig, reward.train),
 }
 
 

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from prefopt.config import DataConfig, TrainConfig
+from prefopt.config import DataConfig, TrainConfig, UsableRowsConfig
 from prefopt.data.audit import Audit
 from prefopt.data.group import CompletionGroup
 from prefopt.data.order import split_by_prompt
-from prefopt.data.pack import pack
+from prefopt.data.pack import PackedBatch, pack
 from prefopt.data.prompts import prompt_groups
 from prefopt.data.read import read_prompts, read_records
 from prefopt.data.store import GroupStore, token_counts
@@ -37,8 +37,10 @@ __all__ = [
     "begin_run",
     "check_path",
     "device_and_dtype",
+    "introduce",
     "length_limit",
     "load",
+    "load_named",
     "manifest",
     "read_groups",
     "read_prompt_groups",
@@ -67,16 +69,28 @@ def device_and_dtype(dtype: Literal["auto", "float32", "bfloat16"]) -> tuple[tor
 
 def load(config: DataConfig, dtype: torch.dtype, device: torch.device) -> tuple[LoadedModel, Renderer]:
     """The starting model and the one that turns its conversations into tokens."""
-    loaded = load_model(config.model, dtype=dtype, device=device)
-    renderer = Renderer(loaded.tokenizer, template=config.template, eos_ids=eos_ids(config.model, loaded.tokenizer))
-    parameters = sum(p.numel() for p in loaded.model.parameters())
-    say(f"model: {config.model} ({type(loaded.model).__name__}, {parameters:,} parameters, {dtype}, {device})")
-    say(f"conversations: {renderer.description}")
+    return load_named(config.model, config.template, dtype, device)
+
+
+def load_named(
+    name: str, template: Literal["auto", "chat", "plain"], dtype: torch.dtype, device: torch.device
+) -> tuple[LoadedModel, Renderer]:
+    """A language model by its name, and the one that turns conversations into tokens for it."""
+    loaded = load_model(name, dtype=dtype, device=device)
+    renderer = Renderer(loaded.tokenizer, template=template, eos_ids=eos_ids(name, loaded.tokenizer))
+    introduce(name, loaded.model, renderer)
     return loaded, renderer
 
 
+def introduce(name: str, model: PreTrainedModel, renderer: Renderer) -> None:
+    """Say which model was loaded and how it is given text."""
+    parameters = sum(p.numel() for p in model.parameters())
+    say(f"model: {name} ({type(model).__name__}, {parameters:,} parameters, {model.dtype}, {model.device})")
+    say(f"conversations: {renderer.description}")
+
+
 def read_groups(
-    config: DataConfig,
+    config: UsableRowsConfig,
     model: PreTrainedModel,
     renderer: Renderer,
     select: Callable[[Iterable[Record]], Iterable[Record]],
@@ -141,13 +155,13 @@ def read_prompt_groups(config: DataConfig, model: PreTrainedModel, renderer: Ren
     return Prompts(groups, {p.source: p.content for p in found if p.source in kept}, audit)
 
 
-def _nothing_left(config: DataConfig, audit: Audit) -> DataError:
+def _nothing_left(config: UsableRowsConfig, audit: Audit) -> DataError:
     return DataError(
         "No usable row is left.",
         where=", ".join(config.data),
         got=audit.summary(),
         expected="at least one row",
-        todo=f"`prefopt check {config.data[0]} --model {config.model}` shows the reasons row by row.",
+        todo=f"`prefopt check {config.data[0]} --model MODEL` shows the reasons row by row.",
     )
 
 
@@ -243,10 +257,18 @@ def begin_health(run: RunFolder, rows: Rows, beta: float | None, *, resumed: boo
     return health
 
 
-def check_path(model: torch.nn.Module, groups: Sequence[CompletionGroup], device: torch.device) -> PathChoice:
+def check_path(
+    model: torch.nn.Module,
+    groups: Sequence[CompletionGroup],
+    device: torch.device,
+    choose: Callable[[torch.nn.Module, PackedBatch], PathChoice] = choose_path,
+) -> PathChoice:
     """Score the first rows both ways, say which path the run takes.
 
     Where the model has windows, a row longer than one is among them, if there is one.
+
+    Args:
+        choose: What compares: log-probabilities, or for reward models `choose_score_path`.
     """
     window = sliding_window(plain_model(model).config)
     taken: list[CompletionGroup] = []
@@ -258,6 +280,6 @@ def check_path(model: torch.nn.Module, groups: Sequence[CompletionGroup], device
         if taken and sum(g.tokens for g in taken) + group.tokens > _CHECK_TOKENS:
             break
         taken.append(group)
-    choice = choose_path(model, pack(taken).to(device))
+    choice = choose(model, pack(taken).to(device))
     say(str(choice))
     return choice

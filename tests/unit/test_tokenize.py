@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from prefopt.data.audit import Audit
 from prefopt.data.group import CompletionGroup
+from prefopt.data.pack import pack
 from prefopt.data.tokenize import Renderer, tokenize
 from prefopt.errors import ConfigError, DataError, ModelError
 from prefopt.records import Comparison, Demonstration, Message, Rating, Record, Source

@@ -4,9 +4,9 @@ A field's description is the sentence `--help` prints. Nothing edits a configura
 parsed; the resolved copy is saved in the run folder.
 """
 
-from prefopt.config.base import DataConfig, RowsConfig, TrainConfig
+from prefopt.config.base import DataConfig, PolicyConfig, RowsConfig, TrainConfig, UsableRowsConfig
 from prefopt.config.evaluate import BestOfConfig
-from prefopt.config.recipes import DPOConfig, PPOConfig, SFTConfig
+from prefopt.config.recipes import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from prefopt.config.tools import (
     ChatConfig,
     CheckConfig,
@@ -24,10 +24,13 @@ __all__ = [
     "DataConfig",
     "MergeConfig",
     "PPOConfig",
+    "PolicyConfig",
     "QuickstartConfig",
     "ResumeConfig",
+    "RewardConfig",
     "RowsConfig",
     "SFTConfig",
     "ScoreConfig",
     "TrainConfig",
+    "UsableRowsConfig",
 ]

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-__all__ = ["Config", "DataConfig", "RowsConfig", "TrainConfig"]
+__all__ = ["Config", "DataConfig", "PolicyConfig", "RowsConfig", "TrainConfig", "UsableRowsConfig"]
 
 
 class Config(BaseModel):
@@ -62,13 +62,18 @@ class RowsConfig(Config):
         return bool(getattr(self, name) != type(self).model_fields[name].default)
 
 
-class DataConfig(RowsConfig):
-    """A model, and rows for it."""
+class UsableRowsConfig(RowsConfig):
+    """Rows most of which have to be usable."""
 
-    model: Annotated[str, Field(description="Model folder (transformers format, safetensors) or hub name.")]
     max_refused: Annotated[
         float, Field(description="Stop when more than this share of the rows is refused.", ge=0, le=1)
     ] = 0.2
+
+
+class DataConfig(UsableRowsConfig):
+    """A model, and rows for it."""
+
+    model: Annotated[str, Field(description="Model folder (transformers format, safetensors) or hub name.")]
 
 
 class TrainConfig(DataConfig):
@@ -119,8 +124,6 @@ class TrainConfig(DataConfig):
         int | None, Field(description="Steps between checkpoints; default: five in a run; the last always.", ge=1)
     ] = None
     keep_checkpoints: Annotated[int, Field(description="How many checkpoints stay on disk.", ge=1)] = 2
-    samples: Annotated[int, Field(description="Held-out prompts completed before and after, for the report.", ge=0)] = 6
-    sample_tokens: Annotated[int, Field(description="Length limit of those completions.", ge=1)] = 96
 
     @model_validator(mode="after")
     def _no_option_without_effect(self) -> "TrainConfig":
@@ -134,6 +137,17 @@ class TrainConfig(DataConfig):
             raise ValueError("eval_every does nothing with eval_share 0")
         if self.checkpoint_activations == "selective" and self.compile_blocks:
             raise ValueError("checkpoint_activations selective does nothing with compile_blocks, which selects itself")
+        return self
+
+
+class PolicyConfig(TrainConfig):
+    """What recipes share whose model writes."""
+
+    samples: Annotated[int, Field(description="Held-out prompts completed before and after, for the report.", ge=0)] = 6
+    sample_tokens: Annotated[int, Field(description="Length limit of those completions.", ge=1)] = 96
+
+    @model_validator(mode="after")
+    def _samples_have_tokens(self) -> "PolicyConfig":
         if self._changed("sample_tokens") and not self.samples:
             raise ValueError("sample_tokens does nothing with samples 0")
         return self

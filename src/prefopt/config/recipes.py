@@ -6,13 +6,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from prefopt.config.base import TrainConfig
+from prefopt.config.base import PolicyConfig, TrainConfig
 from prefopt.objectives import MOVABLE, Rows, Term, needs_beta, terms_of
 
-__all__ = ["DPOConfig", "PPOConfig", "SFTConfig"]
+__all__ = ["DPOConfig", "PPOConfig", "RewardConfig", "SFTConfig"]
 
 
-class SFTConfig(TrainConfig):
+class SFTConfig(PolicyConfig):
     """Supervised fine-tuning: maximise the log-likelihood of demonstrations."""
 
     batch_rows: Annotated[int, Field(description="Rows in an optimiser step.", ge=1)] = 32
@@ -20,10 +20,31 @@ class SFTConfig(TrainConfig):
     max_grad_norm: Annotated[float, Field(description="Gradient norm is clipped to this.", gt=0)] = 1.0
 
 
+class RewardConfig(TrainConfig):
+    """A reward model: scores that rank completions as people do."""
+
+    centering: Annotated[
+        float, Field(description="Weight of (r_better + r_worse)^2, which holds rewards near zero; none: 0.", ge=0)
+    ] = 0.0
+    normalize: Annotated[
+        Literal["shift", "scale", "none"],
+        Field(
+            description="shift: the training rows' best completions score 0 on average; scale: all of theirs have "
+            "mean 0 and standard deviation 1; none: as trained."
+        ),
+    ] = "shift"
+    batch_pairs: Annotated[int, Field(description="Pairs, or rankings, in an optimiser step.", ge=1)] = 64
+    lr: Annotated[float, Field(description="Peak learning rate.", gt=0)] = 9e-6
+    schedule: Annotated[
+        Literal["constant", "linear", "cosine"], Field(description="Learning rate after the warm-up.")
+    ] = "cosine"
+    max_grad_norm: Annotated[float, Field(description="Gradient norm is clipped to this.", gt=0)] = 1.0
+
+
 _DPO: tuple[dict[str, Any], ...] = ({"name": "dpo"},)
 
 
-class DPOConfig(TrainConfig):
+class DPOConfig(PolicyConfig):
     """Direct Preference Optimization."""
 
     loss: Annotated[
@@ -128,7 +149,7 @@ class DPOConfig(TrainConfig):
         return self
 
 
-class PPOConfig(TrainConfig):
+class PPOConfig(PolicyConfig):
     """Proximal policy optimisation against a reward."""
 
     reward: Annotated[

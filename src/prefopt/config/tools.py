@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from prefopt.config.base import Config, DataConfig, RowsConfig
+from prefopt.config.base import Config, RowsConfig, UsableRowsConfig
 
 __all__ = [
     "ChatConfig",
@@ -68,9 +68,15 @@ class CheckConfig(RowsConfig):
         return self
 
 
-class ScoreConfig(DataConfig):
-    """Log-probabilities of completions, and implicit rewards against a reference."""
+class ScoreConfig(UsableRowsConfig):
+    """Log-probabilities of completions and implicit rewards, or a reward model's scores."""
 
+    model: Annotated[
+        str | None, Field(description="Model folder or hub name; its log-probabilities, or --reward-model.")
+    ] = None
+    reward_model: Annotated[
+        str | None, Field(description="Reward model folder, run of `prefopt reward`, or hub name, instead of --model.")
+    ] = None
     out: Annotated[Path, Field(description="File of JSON lines to write.")]
     reference: Annotated[str | None, Field(description="Reference model folder; adds rewards.")] = None
     beta: Annotated[float | None, Field(description="Rewards are beta * log-ratio; default: 1.", gt=0)] = None
@@ -82,7 +88,13 @@ class ScoreConfig(DataConfig):
     ] = "auto"
 
     @model_validator(mode="after")
-    def _beta_has_effect(self) -> "ScoreConfig":
+    def _every_option_has_effect(self) -> "ScoreConfig":
+        if (self.model is None) == (self.reward_model is None):
+            raise ValueError("model or reward_model: one of them is needed, and no more than one")
+        if self.reward_model is not None:
+            for name in ("reference", "beta"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} does nothing with reward_model")
         if self.beta is not None and self.reference is None:
             raise ValueError("beta does nothing without reference")
         return self

@@ -25,7 +25,8 @@ def add_lora(
     """Freeze `model` and put a LoRA adapter into it (float32, starting as the identity).
 
     Args:
-        targets: Names of the linear layers that get one; None: every linear layer but the head.
+        targets: Names of the linear layers that get one; None: every linear layer but the head. The head of a
+            reward model, which is new, is trained whole.
 
     Raises:
         ConfigError: a target is no layer of this model; names those that are.
@@ -33,19 +34,23 @@ def add_lora(
     check_targets(model, targets)
     with torch.random.fork_rng(), peft_warnings():
         torch.manual_seed(seed)
+        writes = model.get_output_embeddings() is not None
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha,
             lora_dropout=dropout,
             target_modules=list(targets) if targets else "all-linear",
-            task_type="CAUSAL_LM",
+            exclude_modules=None if writes or targets else ["score"],
+            task_type="CAUSAL_LM" if writes else None,
         )
         adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
+    if not writes:
+        model.get_submodule("score").requires_grad_(True)
     return adapted
 
 
-def check_targets(model: PreTrainedModel, targets: tuple[str, ...] | None) -> None:
+def check_targets(model: torch.nn.Module, targets: tuple[str, ...] | None) -> None:
     """Raise ConfigError unless every target is a linear layer of `model`; recipes ask before they make a run."""
     layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
     linear = {name.rsplit(".", 1)[-1] for name in layers}

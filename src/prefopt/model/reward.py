@@ -108,8 +108,17 @@ class RewardModel:
         return found
 
 
-def load_reward_model(path: str, *, dtype: torch.dtype, device: torch.device) -> RewardModel:
+def load_reward_model(
+    path: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    template: Literal["auto", "chat", "plain"] = "auto",
+) -> RewardModel:
     """Load a reward model from a folder, a run folder of `prefopt reward`, or a hub name.
+
+    Args:
+        template: How conversations are written; auto: as in training.
 
     Raises:
         ModelError: as `load_model`; a language model, more labels than one, or a way of scoring that is not known.
@@ -129,7 +138,7 @@ def load_reward_model(path: str, *, dtype: torch.dtype, device: torch.device) ->
         tokenizer=loaded.tokenizer,
         renderer=Renderer(
             loaded.tokenizer,
-            template=getattr(config, "reward_template", "auto"),
+            template=getattr(config, "reward_template", "auto") if template == "auto" else template,
             eos_ids=eos_ids(path, loaded.tokenizer),
         ),
         path=choose_score_path(loaded.model, pack(_trial(loaded.model)).to(device)).path,

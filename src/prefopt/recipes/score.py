@@ -1,7 +1,7 @@
-"""Score completions: log-probabilities, and implicit rewards against a reference, as JSON lines."""
+"""Score completions as JSON lines: log-probabilities and implicit rewards, or a reward model's scores."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -14,10 +14,11 @@ from prefopt.data.pack import PackedBatch
 from prefopt.data.store import GroupStore
 from prefopt.model.load import load_reference
 from prefopt.model.logprobs import sequence_logprob_sum
+from prefopt.model.reward import choose_score_path, load_reward_model, sequence_scores
 from prefopt.progress import progress
 from prefopt.records import Record
 from prefopt.run import write_atomically
-from prefopt.setup import check_path, device_and_dtype, load, read_groups
+from prefopt.setup import check_path, device_and_dtype, introduce, load_named, read_groups
 from prefopt.train.budget import forward_budget
 
 __all__ = ["score"]
@@ -29,18 +30,47 @@ def score(config: ScoreConfig) -> int:
     A line has `row` and `file`, and per completion `logps/*` and `tokens/*`; with a reference also
     `ref_logps/*` and `rewards/*` = beta * (logps - ref_logps). Completions are called `chosen` and
     `rejected` in pairs, `completion` where there is one, and 1, 2, ... in rankings of three and more.
+    Of a reward model it is `scores/*`, transformers' own logit, and `rewards/*`, that plus the model's bias.
     """
     device, dtype = device_and_dtype(config.dtype)
-    loaded, renderer = load(config, dtype, device)
-    groups, _ = read_groups(config, loaded.model, renderer, _any)
-    logps = _logps(config, loaded.model, groups, "score", device)
-    reference = None
-    if config.reference is not None:
-        reference_model = load_reference(config.reference, loaded, dtype, device).model
-        reference = _logps(config, reference_model, groups, "reference", device)
-    lines = (json.dumps(line).encode() + b"\n" for line in _lines(config, groups, logps, reference))
+    groups, columns = (_logps if config.reward_model is None else _rewards)(config, dtype, device)
+    lines = (json.dumps(line).encode() + b"\n" for line in _lines(groups, columns))
     write_atomically(config.out, lines)
     return len(groups)
+
+
+# By name, of each group its completions; NaN where a group has fewer than others.
+Columns = Mapping[str, Float64[np.ndarray, "rows completions"]]
+
+
+def _logps(config: ScoreConfig, dtype: torch.dtype, device: torch.device) -> tuple[GroupStore, Columns]:
+    """Log-probabilities under the model, and with a reference implicit rewards."""
+    assert config.model is not None
+    loaded, renderer = load_named(config.model, config.template, dtype, device)
+    groups, _ = read_groups(config, loaded.model, renderer, _any)
+
+    def logps(model: torch.nn.Module, label: str) -> Float64[np.ndarray, "rows completions"]:
+        path = check_path(model, groups, device).path
+        return _of_groups(config, groups, lambda batch: sequence_logprob_sum(model, batch, path), label, device)
+
+    columns = {"logps": logps(loaded.model, "score")}
+    if config.reference is not None:
+        reference = load_reference(config.reference, loaded, dtype, device)
+        columns["ref_logps"] = logps(reference.model, "reference")
+        beta = config.beta if config.beta is not None else 1.0
+        columns["rewards"] = beta * (columns["logps"] - columns["ref_logps"])
+    return groups, columns
+
+
+def _rewards(config: ScoreConfig, dtype: torch.dtype, device: torch.device) -> tuple[GroupStore, Columns]:
+    """A reward model's logits, and its rewards; conversations are written as in training unless asked otherwise."""
+    assert config.reward_model is not None
+    loaded = load_reward_model(config.reward_model, dtype=dtype, device=device, template=config.template)
+    introduce(config.reward_model, loaded.model, loaded.renderer)
+    groups, _ = read_groups(config, loaded.model, loaded.renderer, _any)
+    path = check_path(loaded.model, groups, device, choose_score_path).path
+    scores = _of_groups(config, groups, lambda batch: sequence_scores(loaded.model, batch, path), "score", device)
+    return groups, {"scores": scores, "rewards": scores + loaded.bias}
 
 
 def _any(records: Iterable[Record]) -> Iterable[Record]:
@@ -48,16 +78,14 @@ def _any(records: Iterable[Record]) -> Iterable[Record]:
 
 
 @torch.no_grad()
-def _logps(
-    config: ScoreConfig, model: torch.nn.Module, groups: GroupStore, label: str, device: torch.device
+def _of_groups(
+    config: ScoreConfig,
+    groups: GroupStore,
+    score: Callable[[PackedBatch], torch.Tensor],
+    label: str,
+    device: torch.device,
 ) -> Float64[np.ndarray, "rows completions"]:
-    """Log-probability sums of each group's completions; NaN where a group has fewer than others."""
-    model.eval()
-    path = check_path(model, groups, device).path
-
-    def score(batch: PackedBatch) -> torch.Tensor:
-        return sequence_logprob_sum(model, batch, path)
-
+    """What `score` gives each of a group's completions; NaN where a group has fewer than others."""
     budget = forward_budget(config.tokens_per_batch, score, groups, device)
     found = np.full((len(groups), int(groups.completions.max())), np.nan)
     with progress(label, total=len(groups), unit="rows") as bar:
@@ -70,23 +98,13 @@ def _logps(
     return found
 
 
-def _lines(
-    config: ScoreConfig,
-    groups: GroupStore,
-    logps: Float64[np.ndarray, "rows completions"],
-    reference: Float64[np.ndarray, "rows completions"] | None,
-) -> Iterator[dict[str, object]]:
-    beta = config.beta if config.beta is not None else 1.0
+def _lines(groups: GroupStore, columns: Columns) -> Iterator[dict[str, object]]:
     for number, group in enumerate(groups):
         k = len(group.completions)
         names = {1: ["completion"], 2: ["chosen", "rejected"]}.get(k, [str(place + 1) for place in range(k)])
         line: dict[str, object] = {"row": group.source.row, "file": group.source.file}
         for k, name in enumerate(names):
-            own = float(logps[number, k])
-            line[f"logps/{name}"] = own
             line[f"tokens/{name}"] = group.completions[k].scored_tokens
-            if reference is not None:
-                other = float(reference[number, k])
-                line[f"ref_logps/{name}"] = other
-                line[f"rewards/{name}"] = beta * (own - other)
+            for column, values in columns.items():
+                line[f"{column}/{name}"] = float(values[number, k])
         yield line
