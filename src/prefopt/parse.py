@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -17,6 +17,7 @@ from prefopt.errors import ConfigError
 __all__ = ["flag_of", "parse_config"]
 
 C = TypeVar("C", bound=BaseModel)
+Place = tuple[str | int, ...]  # a key, and keys and list positions further in
 
 
 def flag_of(name: str) -> str:
@@ -54,7 +55,7 @@ class _Given:
     file: Path | None
     flags: dict[str, Any]
     keys: dict[str, Any] = field(default_factory=dict)
-    lines: dict[str, int] = field(default_factory=dict)
+    lines: dict[Place, int] = field(default_factory=dict)
 
     def read(self, file: Path) -> None:
         """Keys, values and lines of the YAML file."""
@@ -75,25 +76,39 @@ class _Given:
         if not isinstance(node, yaml.MappingNode) or not isinstance(values, dict):
             what = "The configuration file holds no keys."
             raise ConfigError(what, where=str(file), expected="lines such as `beta: 0.1`")
-        for key, _ in node.value:
-            name, line = str(key.value), key.start_mark.line + 1
-            if name in self.lines:
-                raise ConfigError(
-                    f"The key {name!r} stands twice.",
-                    where=f"{file}:{line}",
-                    got=f"{name} on lines {self.lines[name]} and {line}",
-                    expected="every key once",
-                    todo="Delete one of them.",
-                )
-            self.lines[name] = line
+        self._note_lines(file, node, (), set())
         self.keys = {str(name): value for name, value in values.items()}
 
-    def place(self, name: str) -> str:
-        """Where `name` was given: flag, or file, line and key."""
-        if name in self.flags:
-            return f"flag {flag_of(name)}"
-        if name in self.lines:
-            return f"{self.file}:{self.lines[name]} key {name}"
+    def _note_lines(self, file: Path, node: yaml.Node, place: Place, seen: set[int]) -> None:
+        """The line of every key and list item; `seen` are nodes looked into, since an alias may hold itself."""
+        if id(node) in seen:
+            return
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                inner, line = (*place, str(key.value)), key.start_mark.line + 1
+                if inner in self.lines:
+                    raise ConfigError(
+                        f"The key {_dotted(inner)!r} stands twice.",
+                        where=f"{file}:{line}",
+                        got=f"{_dotted(inner)} on lines {self.lines[inner]} and {line}",
+                        expected="every key once",
+                        todo="Delete one of them.",
+                    )
+                self.lines[inner] = line
+                self._note_lines(file, value, inner, seen)
+        elif isinstance(node, yaml.SequenceNode):
+            for number, item in enumerate(node.value):
+                self.lines[*place, number] = item.start_mark.line + 1
+                self._note_lines(file, item, (*place, number), seen)
+
+    def place(self, *where: str | int) -> str:
+        """Where a setting was given: flag, or file, line and key; of one that is missing, what it is missing in."""
+        if where and where[0] in self.flags:
+            return f"flag {flag_of(str(where[0]))}"
+        for end in range(len(where), 0, -1):
+            if where[:end] in self.lines:
+                return f"{self.file}:{self.lines[where[:end]]} key {_dotted(where[:end])}"
         return str(self.file or "command line")
 
     def unknown(self, name: str) -> ConfigError:
@@ -117,7 +132,7 @@ class _Given:
 
     def explain(self, errors: list[ErrorDetails]) -> ConfigError:
         """Pydantic's first complaint in our form; everything missing at once."""
-        missing = [str(e["loc"][0]) for e in errors if e["type"] == "missing"]
+        missing = [str(e["loc"][0]) for e in errors if e["type"] == "missing" and len(e["loc"]) == 1]
         if missing:
             file = ", or the same names as keys of a --config file" if issubclass(self.kind, UsableRowsConfig) else ""
             return ConfigError(
@@ -128,25 +143,75 @@ class _Given:
             )
         first = errors[0]
         message = first["msg"].removeprefix("Value error, ")
-        if first["loc"]:
-            name = str(first["loc"][0])
+        place: Place = (*first["loc"], *first.get("ctx", {}).get("inside", ()))
+        if first["type"] in ("missing", "extra_forbidden"):
+            return self._wrong_key(place, missing=first["type"] == "missing")
+        if first["type"] != "value_error" or _model_at(self.kind, place) is None:
             return ConfigError(
-                f"{name} is not right.",
-                where=self.place(name),
-                got=_shown({**self.keys, **self.flags}[name]),
+                f"{_dotted(place)} is not right.",
+                where=self.place(*place),
+                got=_shown(self._value(place)),
                 expected=_expected(first, message),
             )
         # Options without effect: the sentence names the settings, the one to complain of first.
-        named = [n for n in re.findall(r"[a-z_]+", message) if n in self.flags or n in self.lines]
+        given = self._value(place)
+        named = [n for n in re.findall(r"[a-z_]+", message) if n in given]
         return ConfigError(
             f"{message}.",
-            where=self.place(named[0]) if named else self.place(""),
-            got=", ".join(f"{n}: {_shown({**self.keys, **self.flags}[n])}" for n in named) or None,
+            where=self.place(*place, *named[:1]),
+            got=", ".join(f"{n}: {_shown(given[n])}" for n in named) or None,
         )
+
+    def _wrong_key(self, place: Place, *, missing: bool) -> ConfigError:
+        """A key further in that is none of ours, or that has to be there."""
+        fields = (_model_at(self.kind, place[:-1]) or self.kind).model_fields
+        name = str(place[-1])
+        near = difflib.get_close_matches(name, fields, n=1)
+        return ConfigError(
+            f"{_dotted(place)} is missing." if missing else f"There is no setting {_dotted(place)!r} here.",
+            where=self.place(*place),
+            expected=str(fields[name].description) if missing else "one of " + ", ".join(sorted(fields)),
+            todo=f"Did you mean {near[0]}?" if near and not missing else None,
+        )
+
+    def _value(self, place: Place) -> Any:
+        """What was given at a place; None where nothing was."""
+        value: Any = {**self.keys, **self.flags}
+        for part in place:
+            try:
+                value = value[part]
+            except (KeyError, IndexError, TypeError):
+                return None
+        return value
+
+
+def _dotted(place: Place) -> str:
+    """methods[2].sweep.beta"""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
+
+
+def _model_at(kind: type[BaseModel], place: Place) -> type[BaseModel] | None:
+    """The model that stands at a place, or in the list there; None where it is a plain value."""
+    for part in place:
+        if isinstance(part, int):
+            continue
+        field = kind.model_fields.get(part)
+        models = [] if field is None else _models_in(field.annotation)
+        if not models:
+            return None
+        kind = models[0]
+    return kind
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
 
 
 _WORDS = {"bool": "true or false", "float": "a number", "int": "a whole number", "path": "a path", "string": "text"}
-_WORDS |= {"dict": "column names, each with the name it has in the data", "tuple": "a list"}
+_WORDS |= {"dict": "column names, each with the name it has in the data", "tuple": "a list", "list": "a list"}
+_WORDS |= {"model": "settings, each with its name"}
 
 
 def _expected(error: ErrorDetails, message: str) -> str:

@@ -6,10 +6,12 @@ parsed; the resolved copy is saved in the run folder.
 
 from prefopt.config.base import DataConfig, PolicyConfig, RowsConfig, TrainConfig, UsableRowsConfig
 from prefopt.config.evaluate import BestOfConfig
+from prefopt.config.frontier import FrontierConfig
 from prefopt.config.recipes import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from prefopt.config.tools import (
     ChatConfig,
     CheckConfig,
+    FrontierCommand,
     MergeConfig,
     QuickstartConfig,
     ResumeConfig,
@@ -22,6 +24,8 @@ __all__ = [
     "CheckConfig",
     "DPOConfig",
     "DataConfig",
+    "FrontierCommand",
+    "FrontierConfig",
     "MergeConfig",
     "PPOConfig",
     "PolicyConfig",

@@ -10,6 +10,7 @@ from prefopt.config.base import Config, RowsConfig, UsableRowsConfig
 __all__ = [
     "ChatConfig",
     "CheckConfig",
+    "FrontierCommand",
     "MergeConfig",
     "QuickstartConfig",
     "ResumeConfig",
@@ -22,6 +23,13 @@ class QuickstartConfig(Config):
 
     out: Annotated[Path, Field(description="Folder to make.")] = Path("runs/quickstart")
     seed: Annotated[int, Field(description="Seeds everything.", ge=0)] = 0
+
+
+class FrontierCommand(Config):
+    """An experiment to run, or to go on with."""
+
+    experiment: Annotated[Path, Field(description="YAML file: methods, their settings, where they begin, the truth.")]
+    jobs: Annotated[int, Field(description="Processes that train and measure side by side.", ge=1)] = 1
 
 
 class ResumeConfig(Config):
