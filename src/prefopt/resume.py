@@ -10,9 +10,9 @@ from prefopt.progress import say
 from prefopt.recipes import dpo, ppo, reward, sft
 from prefopt.run import RunFolder
 
-__all__ = ["resume"]
+__all__ = ["RECIPES", "resume"]
 
-_RECIPES: dict[str, tuple[type[TrainConfig], Callable[..., RunFolder]]] = {
+RECIPES: dict[str, tuple[type[TrainConfig], Callable[..., RunFolder]]] = {
     "sft": (SFTConfig, sft.train),
     "dpo": (DPOConfig, dpo.train),
     "ppo": (PPOConfig, ppo.train),
@@ -38,7 +38,7 @@ def resume(path: Path) -> RunFolder:
             expected="an interrupted run",
             todo=f"Its model is {run.model}; train further from it with --model {path} and another --out.",
         )
-    kind, train = _RECIPES[run.recipe]
+    kind, train = RECIPES[run.recipe]
     say(f"resuming {run.recipe} run {path}")
     started_in = Path(run.manifest.get("folder", ""))
     with chdir(started_in if started_in.is_dir() else Path.cwd()):

@@ -20,7 +20,15 @@ from pydantic import BaseModel
 from prefopt.errors import NonFiniteError, RunError
 from prefopt.progress import warn
 
-__all__ = ["RunFolder", "check_manifest", "file_sha256", "sync_folder", "write_atomically"]
+__all__ = [
+    "RunFolder",
+    "append_line",
+    "check_manifest",
+    "file_sha256",
+    "read_lines",
+    "sync_folder",
+    "write_atomically",
+]
 
 # Events of the run as a whole; all others belong to a step and are told again when it is done again.
 _HISTORY = frozenset({"started", "path", "budget", "saved", "interrupted", "resumed"})
@@ -210,11 +218,11 @@ class RunFolder:
                 expected="finite numbers",
                 todo="Lower --lr or use --dtype float32; `prefopt check` shows rows that stand out.",
             )
-        _append(self.path / "metrics.jsonl", {"step": step, "split": split, **metrics})
+        append_line(self.path / "metrics.jsonl", {"step": step, "split": split, **metrics})
 
     def event(self, event: str, *, step: int, **fields: Any) -> None:
         """Append one line to events.jsonl."""
-        _append(self.path / "events.jsonl", {"time": _now(), "step": step, "event": event, **fields})
+        append_line(self.path / "events.jsonl", {"time": _now(), "step": step, "event": event, **fields})
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl; a line torn by a kill is left out.
@@ -222,11 +230,11 @@ class RunFolder:
         Raises:
             RunError: a whole line cannot be read; it is named.
         """
-        return _lines(self.path / "metrics.jsonl")
+        return read_lines(self.path / "metrics.jsonl")
 
     def events(self) -> list[dict[str, Any]]:
         """All lines of events.jsonl, as `metrics`."""
-        return _lines(self.path / "events.jsonl")
+        return read_lines(self.path / "events.jsonl")
 
     def rewind(self, step: int) -> None:
         """Forget what lost steps recorded: everything at `step` or later but the run's own history.
@@ -319,7 +327,8 @@ def _encoded(line: Mapping[str, Any]) -> bytes:
     return (json.dumps(line, allow_nan=False) + "\n").encode()
 
 
-def _append(path: Path, line: Mapping[str, Any]) -> None:
+def append_line(path: Path, line: Mapping[str, Any]) -> None:
+    """Add a JSON object as one whole line; what a kill left of a line before it is taken away, and said."""
     encoded = _encoded(line)
     if path.exists():
         whole, torn = _split_torn(path)
@@ -348,7 +357,12 @@ def _say_torn(path: Path, whole: int, torn: bytes) -> None:
         warn(f"the last line of {path} was cut short ({len(torn)} bytes behind byte {whole}) and is left out")
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file of records, each with a `step`; a torn last line is left out.
+
+    Raises:
+        RunError: a whole line cannot be read; it is named.
+    """
     if not path.exists():
         return []
     content = path.read_bytes()

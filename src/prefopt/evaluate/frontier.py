@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float64
 
-__all__ = ["Area", "Difference", "Frontiers", "Interval", "Measured", "best_within"]
+__all__ = ["Area", "Difference", "Frontiers", "Interval", "Measured", "best_within", "mean_over"]
 
 _GRID = 201  # KLs at which two frontiers are compared one by one
 _Z = 1.959964  # of a 95% interval
@@ -159,6 +159,14 @@ def _draws(n: int, replicates: int, rng: np.random.Generator) -> Float64[np.ndar
     if n == 1:
         return np.repeat(even, replicates + 1, axis=0)
     return np.concatenate([even, rng.multinomial(n - 1, even[0], size=replicates) / (n - 1)])
+
+
+def mean_over(values: Float64[np.ndarray, "seeds prompts"], *, replicates: int = 2000, seed: int = 0) -> Interval:
+    """The mean over seeds and prompts, with a bootstrap over both."""
+    rng = np.random.default_rng(seed)
+    prompts, seeds = (_draws(n, replicates, rng) for n in reversed(values.shape))
+    means = ((seeds @ values) * prompts).sum(axis=1)
+    return Interval.of(float(means[0]), means[1:])
 
 
 @dataclass(frozen=True)

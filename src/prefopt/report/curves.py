@@ -17,7 +17,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-__all__ = ["Panel", "draw_panels"]
+__all__ = ["MUTED", "RC", "Panel", "draw_panels", "frame", "inline_svg"]
 
 Metrics = Sequence[Mapping[str, Any]]
 
@@ -26,27 +26,27 @@ _MOST_POINTS = 400  # of a training line; longer ones are averaged over neighbou
 _MOST_DOTS = 24  # of a held-out line
 
 # Drawn with these stand-ins, which become CSS variables.
-_INK, _MUTED, _GRID = "#010101", "#020202", "#030303"
+_INK, MUTED, _GRID = "#010101", "#020202", "#030303"
 _LINES = ("#040404", "#050505")
 _VARIABLES = {
     _INK: "var(--ink)",
-    _MUTED: "var(--muted)",
+    MUTED: "var(--muted)",
     _GRID: "var(--rule)",
     _LINES[0]: "var(--first)",
     _LINES[1]: "var(--second)",
 }
-_RC = {
+RC = {
     "svg.fonttype": "none",
     "svg.image_inline": True,
     "font.size": 11,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
-    "axes.edgecolor": _MUTED,
-    "axes.labelcolor": _MUTED,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
     "text.color": _INK,
     "text.parse_math": False,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
     "axes.unicode_minus": True,
     "path.simplify": False,
 }
@@ -199,10 +199,10 @@ def _line(metrics: Metrics, split: str, name: str) -> _Line | None:
 
 def _panel(plan: _Plan, metrics: Metrics, number: int) -> Panel:
     averaged = 1
-    with mpl.rc_context({**_RC, "svg.hashsalt": f"prefopt {number}"}):
+    with mpl.rc_context({**RC, "svg.hashsalt": f"prefopt {number}"}):
         figure = Figure(figsize=(4.25, 2.4), dpi=72)
         axes = figure.add_axes((0.15, 0.185, 0.625, 0.715))
-        _frame(axes)
+        frame(axes)
         ends: list[tuple[float, str, str]] = []  # height, text, colour
         for (name, label), colour, style in zip(plan.lines.items(), _LINES, ("-", (0, (4, 2))), strict=False):
             train, held_out = _line(metrics, "train", name), _line(metrics, "eval", name)
@@ -218,11 +218,14 @@ def _panel(plan: _Plan, metrics: Metrics, number: int) -> Panel:
                 ends.append((held_out.last, label or "held-out", colour))
         _scale(axes, plan)
         _name_ends(axes, ends)
-        svg = _svg(figure, f"{plan.title}: " + ", ".join(f"{text} ends at {value:.4g}" for value, text, _ in ends))
+        svg = inline_svg(
+            figure, f"{plan.title}: " + ", ".join(f"{text} ends at {value:.4g}" for value, text, _ in ends)
+        )
     return Panel(plan.title, plan.caption, svg, averaged)
 
 
-def _frame(axes: Any) -> None:
+def frame(axes: Any) -> None:
+    """Few lines and quiet ones."""
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.grid(axis="y", color=_GRID, lw=0.7)
@@ -238,10 +241,10 @@ def _scale(axes: Any, plan: _Plan) -> None:
     """Limits, number format and the dotted line."""
     if plan.level:
         height, name = plan.level
-        axes.axhline(height, color=_MUTED, lw=1.0, ls=(0, (1, 2)), zorder=1)
+        axes.axhline(height, color=MUTED, lw=1.0, ls=(0, (1, 2)), zorder=1)
         if name:
             spot = axes.get_yaxis_transform()
-            axes.text(0.995, height, name, transform=spot, ha="right", va="bottom", color=_MUTED, fontsize=10)
+            axes.text(0.995, height, name, transform=spot, ha="right", va="bottom", color=MUTED, fontsize=10)
     if plan.limits:
         low, high = plan.limits
         axes.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
@@ -273,7 +276,7 @@ def _apart(heights: Sequence[float], gap: float) -> list[float]:
     return [height - drift for height in placed]
 
 
-def _svg(figure: Figure, description: str) -> Markup:
+def inline_svg(figure: Figure, description: str) -> Markup:
     """The figure as an `<svg>` element for the inside of a page: no prolog, metadata, ids or URLs to spare."""
     out = io.StringIO()
     FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None})

@@ -21,6 +21,7 @@ from prefopt.run import file_sha256, sync_folder
 __all__ = [
     "Checkpoint",
     "load_latest",
+    "load_step",
     "load_optimizer_tensors",
     "optimizer_tensors",
     "restore_rng",
@@ -180,6 +181,25 @@ def load_latest(folder: Path, on_damage: Callable[[str], None]) -> Checkpoint | 
             return Checkpoint(step, path, json.loads((path / "state.json").read_bytes()))
         on_damage(f"checkpoint {path} is damaged ({damage}); using the one before it")
     return None
+
+
+def load_step(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint of a step.
+
+    Raises:
+        RunError: it is gone or damaged.
+    """
+    path = folder / f"step-{step:06d}"
+    damage = _damage(path) if path.exists() else "it is gone"
+    if damage is not None:
+        raise RunError(
+            "A checkpoint cannot be read.",
+            where=str(path),
+            got=damage,
+            expected="the checkpoint that the run saved there",
+            todo=f"Put it back, or move {folder.parent} away and train that run again.",
+        )
+    return Checkpoint(step, path, json.loads((path / "state.json").read_bytes()))
 
 
 def _damage(path: Path) -> str | None:

@@ -1,0 +1,134 @@
+"""What an experiment is made of: prompts to train and to measure on, and pairs of samples that the truth labels."""
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+
+from prefopt.config.frontier import PromptsConfig
+from prefopt.data.audit import Audit
+from prefopt.data.read import read_prompts, read_records
+from prefopt.errors import DataError, RunError
+from prefopt.model.load import load_tokenizer
+from prefopt.records import Content, Demonstration, Message
+from prefopt.run import file_sha256, write_atomically
+
+__all__ = ["PromptFiles", "all_pairs", "as_json_lines", "make_prompts", "read_back"]
+
+
+@dataclass(frozen=True)
+class PromptFiles:
+    """Prompts to train on and others to measure on, and what tells these apart from others."""
+
+    train: Path
+    test: Path
+    test_hash: str
+
+
+def make_prompts(config: PromptsConfig, model: str, out: Path) -> PromptFiles:
+    """Write the prompts of an experiment, the same ones for every seed and method.
+
+    The distinct prompts are shuffled once and for all; the first ones are the test prompts.
+
+    Args:
+        model: Whose tokens a prompt is measured in.
+
+    Raises:
+        DataError: there are too few prompts, or rows to take beginnings of are no texts.
+        RunError: `out` holds other prompts already.
+    """
+    if config.words is None and config.tokens is None:
+        found = [prompt.content for prompt in read_prompts(config.data, audit=Audit())]
+    else:
+        found = list(dict.fromkeys(_beginnings(config, model)))
+    if len(found) < config.test + config.train:
+        raise DataError(
+            "There are too few distinct prompts.",
+            where=", ".join(config.data),
+            got=f"{len(found):,}",
+            expected=f"{config.train:,} to train on and {config.test:,} to measure on",
+            todo="Ask for fewer, or for longer beginnings, of which more are distinct.",
+        )
+    random.Random("prompts").shuffle(found)
+    test, train = found[: config.test], found[config.test : config.test + config.train]
+    files = out / "prompts-train.jsonl", out / "prompts-test.jsonl"
+    for file, prompts in zip(files, (train, test), strict=True):
+        _write_once(file, as_json_lines({"prompt": _plain(prompt)} for prompt in prompts))
+    return PromptFiles(*files, test_hash=file_sha256(files[1]))
+
+
+def read_back(file: Path) -> list[Content]:
+    """The prompts that `make_prompts` wrote."""
+    return [prompt.content for prompt in read_prompts([str(file)], audit=Audit())]
+
+
+def all_pairs(
+    prompts: Sequence[Content], texts: Sequence[Sequence[str]], rewards: Float64[np.ndarray, "prompts samples"]
+) -> list[dict[str, Any]]:
+    """Every pair of different samples of a prompt, the one of more reward chosen; ties are left out."""
+    rows = []
+    for prompt, group, scores in zip(prompts, texts, rewards.tolist(), strict=True):
+        distinct = dict(zip(group, scores, strict=True))
+        for one, other in combinations(distinct, 2):
+            if distinct[one] != distinct[other]:
+                chosen, rejected = (one, other) if distinct[one] > distinct[other] else (other, one)
+                rows.append({"prompt": _plain(prompt), "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+def as_json_lines(rows: Iterator[dict[str, Any]] | Sequence[dict[str, Any]]) -> bytes:
+    """JSON lines."""
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def _beginnings(config: PromptsConfig, model: str) -> Iterator[str]:
+    """Of every text that goes on behind its beginning."""
+    tokenizer = load_tokenizer(model) if config.tokens else None
+    lengths = random.Random("lengths")
+    for record in read_records(config.data, audit=Audit()):
+        if not isinstance(record, Demonstration) or not isinstance(record.completion, str):
+            raise DataError(
+                "Beginnings can be taken of texts only.",
+                where=str(record.source),
+                got=f"a {type(record).__name__.lower()}",
+                expected="rows with text",
+                todo="Leave words and tokens out of prompts: then the rows' own prompts are taken.",
+            )
+        text = f"{record.prompt}{record.completion}"
+        if config.tokens and tokenizer is not None:
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            length = lengths.randint(*config.tokens)
+            start = tokenizer.decode(ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            start = start if len(ids) > length and "\ufffd" not in start else ""  # half a character
+        else:
+            words = text.split()
+            start = " ".join(words[: config.words]) if len(words) > (config.words or 0) else ""
+        if start.strip():
+            yield start
+
+
+def _plain(content: Content) -> str | list[dict[str, str]]:
+    return content if isinstance(content, str) else [_turn(message) for message in content]
+
+
+def _turn(message: Message) -> dict[str, str]:
+    return {"role": message.role, "content": message.content}
+
+
+def _write_once(path: Path, content: bytes) -> None:
+    if path.exists() and path.read_bytes() != content:
+        raise RunError(
+            "The folder holds another experiment's prompts.",
+            where=str(path),
+            got="other prompts than this configuration makes",
+            expected="the same prompts, for points that can be compared",
+            todo="Choose another out, or put prompts and their data back as they were.",
+        )
+    if not path.exists():
+        write_atomically(path, content)
