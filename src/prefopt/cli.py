@@ -17,6 +17,8 @@ from prefopt.config import (
     ChatConfig,
     CheckConfig,
     DPOConfig,
+    FrontierCommand,
+    FrontierConfig,
     MergeConfig,
     PPOConfig,
     QuickstartConfig,
@@ -227,6 +229,25 @@ def best_of(config: BestOfConfig, as_json: bool) -> None:
 
     result = evaluate_best_of(config)
     print(json.dumps(result.as_json(), ensure_ascii=False) if as_json else result.table())
+
+
+@_command(
+    FrontierCommand,
+    "  prefopt evaluate frontier configs/sentiment/grammar.yaml\n"
+    "  prefopt evaluate frontier configs/sentiment/stories.yaml --jobs 2",
+    positional="experiment",
+    under=evaluate,
+)
+def frontier(config: FrontierCommand, as_json: bool) -> None:
+    """Reward against KL of several methods: trains what is missing, measures every checkpoint, compares."""
+    from prefopt.evaluate.experiment import run_experiment
+    from prefopt.parse import parse_config
+    from prefopt.report.frontier import FrontierReport
+
+    experiment = parse_config(FrontierConfig, config.experiment, {})
+    report = FrontierReport(experiment, run_experiment(experiment, config.jobs))
+    report.write()
+    print(json.dumps(report.as_json(), ensure_ascii=False) if as_json else report.markdown())
 
 
 @_command(

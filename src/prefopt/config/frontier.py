@@ -45,7 +45,7 @@ class PromptsConfig(Config):
 class PairsConfig(Config):
     """Pairs to train on: a file, or all pairs of several samples of the start, labelled by the true reward."""
 
-    data: Annotated[str | None, Field(description="Preference file to use as it is.")] = None
+    data: Annotated[tuple[str, ...] | None, Field(description="Preference files to use as they are.")] = None
     samples: Annotated[int | None, Field(description="Samples of each training prompt.", ge=2)] = None
     max_new_tokens: Annotated[int, Field(description="Longest sample, tokens.", ge=1)] = 64
 
@@ -93,19 +93,27 @@ class Arm:
     settings: dict[str, Any]
 
     def training_config(
-        self, experiment: "FrontierConfig", seed: int, *, model: str, pairs: str, prompts: str, learned: str, out: Path
+        self,
+        experiment: "FrontierConfig",
+        seed: int,
+        *,
+        model: str,
+        pairs: tuple[str, ...],
+        prompts: str,
+        learned: str,
+        out: Path,
     ) -> TrainConfig:
         """What its recipe is called with.
 
         Args:
             model: The start.
-            pairs: Preference file; of sft and dpo.
+            pairs: Preference files; of sft and dpo.
             prompts: File of prompts; of ppo.
             learned: Reward-model folder.
             out: Run folder.
         """
         assert self.method.recipe is not None
-        given: dict[str, Any] = {"model": model, "data": (pairs,), "out": out, "seed": seed, "samples": 0}
+        given: dict[str, Any] = {"model": model, "data": pairs, "out": out, "seed": seed, "samples": 0}
         given |= {"keep_checkpoints": _ALL_CHECKPOINTS, "save_every": experiment.evaluate.every}
         if self.method.recipe == "ppo":
             reward = learned if self.method.reward == "learned" else experiment.reward
@@ -221,11 +229,11 @@ class FrontierConfig(Config):
         given = {"model": self.model, "out": out, "seed": seed, "samples": 0}
         return SFTConfig.model_validate({**given, **(self.start or {})})
 
-    def reward_config(self, seed: int, *, model: str, pairs: str, out: Path) -> TrainConfig:
+    def reward_config(self, seed: int, *, model: str, pairs: tuple[str, ...], out: Path) -> TrainConfig:
         """The training of the reward model."""
         from prefopt.config.recipes import RewardConfig
 
-        given = {"model": model, "data": (pairs,), "out": out, "seed": seed}
+        given = {"model": model, "data": pairs, "out": out, "seed": seed}
         return RewardConfig.model_validate({**given, **(self.reward_model or {})})
 
     @model_validator(mode="after")
@@ -243,11 +251,11 @@ class FrontierConfig(Config):
         if self.start is not None:
             _judge(("start",), self.start, lambda: self.start_config(0, self.out), free="data")
         if self.learns_reward:
-            build = partial(self.reward_config, 0, model="m", pairs="p", out=self.out)
+            build = partial(self.reward_config, 0, model="m", pairs=("p",), out=self.out)
             _judge(("reward_model",), self.reward_model or {}, build)
         for i, method in enumerate(self.methods):
             for arm in method.arms if method.recipe in _TRAINED else ():
-                files = {"model": "m", "pairs": "p", "prompts": "q", "learned": "r"}
+                files = {"model": "m", "pairs": ("p",), "prompts": "q", "learned": "r"}
                 build = partial(arm.training_config, self, 0, **files, out=self.out)
                 _judge(("methods", i), arm.settings, build, swept={n.partition(".")[0]: n for n in method.sweep})
         return self

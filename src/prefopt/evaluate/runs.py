@@ -1,9 +1,10 @@
 """One seed of an experiment: its start, pairs and reward model; one run of a method, trained and measured."""
 
 import copy
+import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from prefopt.config.base import TrainConfig
-from prefopt.config.frontier import Arm, FrontierConfig, MethodConfig
+from prefopt.config.frontier import Arm, FrontierConfig, MethodConfig, PairsConfig
 from prefopt.errors import RunError
 from prefopt.evaluate.best_of import best_of_points
 from prefopt.evaluate.material import PromptFiles, all_pairs, as_json_lines, read_back
@@ -38,7 +39,7 @@ class Seed:
 
     Attributes:
         model: The start.
-        pairs: Preference file; "" where nothing is trained on pairs.
+        pairs: Preference files; none where nothing is trained on pairs.
         learned: Reward-model run; "" where no method needs one.
     """
 
@@ -46,7 +47,7 @@ class Seed:
     folder: Path
     model: str
     prompts: PromptFiles
-    pairs: str
+    pairs: tuple[str, ...]
     learned: str
 
 
@@ -56,30 +57,28 @@ def prepare(config: FrontierConfig, number: int, prompts: PromptFiles) -> Seed:
     model = config.model
     if config.start is not None:
         model = str(_trained("sft", config.start_config(number, folder / "start")).path)
-    seed = Seed(number, folder, model, prompts, "", "")
-    pairs = learned = ""
-    if config.needs_pairs and config.pairs is not None:
-        pairs = config.pairs.data or str(_sampled_pairs(config, seed))
+    seed = Seed(number, folder, model, prompts, (), "")
+    if config.pairs is not None:
+        seed = replace(seed, pairs=config.pairs.data or (str(_sampled_pairs(config, seed, config.pairs)),))
     if config.learns_reward:
-        learning = config.reward_config(number, model=model, pairs=pairs, out=folder / "reward-model")
-        learned = str(_trained("reward", learning).path)
-    return Seed(number, folder, model, prompts, pairs, learned)
+        learning = config.reward_config(number, model=model, pairs=seed.pairs, out=folder / "reward-model")
+        seed = replace(seed, learned=str(_trained("reward", learning).path))
+    return seed
 
 
-def _sampled_pairs(config: FrontierConfig, seed: Seed) -> Path:
+def _sampled_pairs(config: FrontierConfig, seed: Seed, asked: PairsConfig) -> Path:
     """All pairs of several samples of each training prompt; the file's name tells what it was made from."""
-    assert config.pairs is not None and config.pairs.samples is not None
+    assert asked.samples is not None
     bench = _Bench(config, seed)
-    asked = {"samples": config.pairs.samples, "max_new_tokens": config.pairs.max_new_tokens, "seed": seed.number}
-    made_of = content_key(start=bench.start.fingerprint, reward=bench.reward.fingerprint, **asked)
+    made_of = content_key(start=bench.start.fingerprint, truth=bench.reward.fingerprint, **asked.model_dump())
     path = seed.folder / f"pairs-{made_of[:8]}.jsonl"
     if not path.exists():
         prompts = read_back(seed.prompts.train)
-        settings = Settings(config.pairs.max_new_tokens, seed=2 * seed.number)
-        drawn = draw(LocalModel.of(bench.start), prompts, config.pairs.samples, settings, "samples for pairs")
+        settings = Settings(asked.max_new_tokens, seed=2 * seed.number)
+        drawn = draw(LocalModel.of(bench.start), prompts, asked.samples, settings, "samples for pairs")
         rewards = reward_of_samples(bench.reward, prompts, drawn)
         rows = all_pairs(prompts, [[sample.text for sample in group] for group in drawn], rewards)
-        possible = len(prompts) * config.pairs.samples * (config.pairs.samples - 1) // 2
+        possible = len(prompts) * math.comb(asked.samples, 2)
         say(f"pairs: {len(rows):,} of {possible:,}; the others are ties or twice the same text")
         write_atomically(path, as_json_lines(rows))
     return path
@@ -232,7 +231,7 @@ def measure_run(config: FrontierConfig, seeds: Sequence[Seed], method: MethodCon
     benches = [_Bench(config, seed) for seed in seeds]
     mine = [bench for bench in benches if bench.start.fingerprint == run.manifest["model"]]
     own = [bench for bench in mine if bench.seed.number == run.config_dict.get("seed")]
-    (bench,) = (own or mine)[:1] or [None]
+    bench = next(iter(own or mine), None)
     if bench is None or not run.finished:
         raise RunError(
             "This run cannot be measured here.",

@@ -3,9 +3,10 @@
 import io
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import combinations
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -101,11 +102,20 @@ class FrontierReport:
         write_atomically(self.config.out / "frontier.svg", self.svg())
         write_atomically(self.config.out / "frontier.md", self.markdown().encode())
 
+    def as_json(self) -> dict[str, Any]:
+        """Areas, differences and sentences, and where table, plot and points are."""
+        out = self.config.out
+        paths = {"points": out / "points.jsonl", "table": out / "frontier.md", "plot": out / "frontier.svg"}
+        return {
+            **{name: str(path) for name, path in paths.items()},
+            "headline": self.headline,
+            "areas": [asdict(area) for area in self.areas],
+            "differences": [{**asdict(d), "sentence": d.sentence} for d in self.differences],
+        }
+
     def markdown(self) -> str:
         """Areas, what may be said of two methods, the last checkpoint of every setting, and how all was measured."""
-        end, asked = self.frontiers.end, self.config.evaluate
-        prompts = len(self.points[0].reward)
-        bounds = sorted({spot.method for spot in self._spots if spot.bound})
+        end = self.frontiers.end
         lines = [
             f"# Reward against KL: {self.config.out.name}",
             "",
@@ -129,19 +139,28 @@ class FrontierReport:
             lines.append(
                 f"| {_cell(spot.method)} | {_cell(spot.setting)} | {step} | {spot.reward} | {kl} | {spot.tokens:.1f} |"
             )
-        lines += [
-            "",
-            f"Reward: `{self.config.reward}`, mean over {prompts} test prompts x {asked.samples} fresh samples of at most "
-            f"{asked.max_new_tokens} tokens, and over seeds {', '.join(map(str, self.config.seeds))}. KL: sequence KL to "
-            "the start, the exact KL of the next-token distributions summed along these samples. A frontier is the best "
-            "reward at no more than a KL; a method whose last gain is before the range's end keeps its last value there. "
+        return "\n".join([*lines, "", self._estimators()]) + "\n"
+
+    def _estimators(self) -> str:
+        """How every number was come by."""
+        asked, seeds = self.config.evaluate, self.config.seeds
+        bounds = sorted({spot.method for spot in self._spots if spot.bound})
+        sentences = [
+            f"Reward: `{self.config.reward}`, mean over {len(self.points[0].reward)} test prompts x {asked.samples} "
+            f"fresh samples of at most {asked.max_new_tokens} tokens, and over seeds {', '.join(map(str, seeds))}.",
+            "KL: to the start, the exact KL of the next-token distributions summed along these samples.",
+            "A frontier is the best reward at no more than a KL; a method whose last gain is before the range's end "
+            "keeps its last value there.",
             "Brackets: 95% intervals, +-1.96 standard errors of a bootstrap over prompts, which methods share, "
-            + ("and seeds." if len(self.config.seeds) > 1 else "for one seed: the luck of training is not in them.")
-            + " KL by KL: a band that holds over the whole range at once.",
+            + ("and seeds." if len(seeds) > 1 else "at one seed: the luck of training is not in them."),
+            "KL by KL: beyond a band that holds over the whole range at once.",
         ]
         if bounds:
-            lines[-1] += f" {_joined(bounds)}: the mean over all subsets of N samples, at the bound log N - (N-1)/N."
-        return "\n".join(lines) + "\n"
+            sentences.append(
+                f"{_joined(bounds)}: mean over all subsets of N samples, at the bound log N - (N-1)/N; its tokens are "
+                "those of all samples."
+            )
+        return " ".join(sentences)
 
     @cached_property
     def _spots(self) -> list[_Spot]:
