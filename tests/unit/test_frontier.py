@@ -123,6 +123,14 @@ def test_nothing_is_claimed_where_only_one_method_has_points(other: dict[int, Me
     assert found.sentence == "A and B have no range of KL in common: not compared."
 
 
+def test_more_reward_with_less_kl_is_above() -> None:
+    points = {"A": {0: measured((1, 0.9), (2, 0.9))}, "B": {0: measured((3, 0.2), (4, 0.3))}}
+    found = Frontiers(points, {0: start()}).difference("A", "B")
+    # A was never seen at KL 3 to 4, but what it reached at KL 1 is more than what B has there.
+    assert (found.mean, found.above, found.below) == (None, (pytest.approx((3.0, 4.0), abs=0.01),), ())
+    assert found.sentence == ("A and B have no range of KL in common, but with less KL A is above at KL 3\N{EN DASH}4.")
+
+
 def test_only_seeds_that_both_have_are_compared() -> None:
     points = {
         "A": {0: measured((1, 0.5), (4, 0.5)), 1: measured((1, 9.0), (4, 9.0))},

@@ -84,13 +84,14 @@ class Area:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one frontier is above another where both methods have points at every seed.
+    """How far one frontier is above another.
 
     Attributes:
-        start, end: That range of KL; None where there is none.
+        start, end: Range of KL where both have points at every seed they share; None where there is none.
         mean: Of the first's reward minus the second's over that range.
         above, below: Ranges of KL in which the first is above, or below, beyond a simultaneous 95% band:
-            the claims hold at all these KLs together.
+            the claims hold at all these KLs together. Behind its last point a method may still be above another,
+            since it got more with less, but never below.
     """
 
     first: str
@@ -105,8 +106,12 @@ class Difference:
     def sentence(self) -> str:
         """Which is above where, and whether that is beyond the noise."""
         one, other = self.first, self.second
+        parts = [f"{one} is above at KL {_ranges(self.above)}"] if self.above else []
+        parts += [f"{other} is above at KL {_ranges(self.below)}"] if self.below else []
+        where = " and ".join(parts)
         if self.mean is None:
-            return f"{one} and {other} have no range of KL in common: not compared."
+            apart = f"{one} and {other} have no range of KL in common"
+            return f"{apart}, but with less KL {where}." if where else f"{apart}: not compared."
         over = f"over KL {self.start:.2g}\N{EN DASH}{self.end:.2g}, where both have points"
         if self.mean.beyond_noise:
             top, bottom = (one, other) if self.mean.value > 0 else (other, one)
@@ -116,10 +121,7 @@ class Difference:
             text = (
                 f"Neither of {one} and {other} is above the other on average {over}: {one} minus {other} is {self.mean}"
             )
-        parts = [f"{one} is above at KL {_ranges(self.above)}"] if self.above else []
-        parts += [f"{other} is above at KL {_ranges(self.below)}"] if self.below else []
-        looked = "KL by KL " + (" and ".join(parts) if parts else "neither is above beyond the noise anywhere")
-        return f"{text}; {looked}."
+        return f"{text}; KL by KL {where or 'neither is above beyond the noise anywhere'}."
 
     @property
     def _ends(self) -> tuple[float, float]:
@@ -259,18 +261,23 @@ class Frontiers:
         if not seeds:
             return Difference(first, second, None, None, None, (), ())
         start = max(float(m.kl[0].min()) for m in (*one, *other))
-        end = min(float(m.kl[0].max()) for m in (*one, *other))
-        if start >= end:
+        # How far each was seen at every seed.
+        last, other_last = (min(float(m.kl[0].max()) for m in some) for some in (one, other))
+        if start >= max(last, other_last):
             return Difference(first, second, None, None, None, (), ())
-        weights, grid = self._over_seeds(seeds), np.linspace(start, end, _GRID)
-        means, curves = np.zeros(len(weights)), np.zeros((len(weights), len(grid)))
+        weights, grid = self._over_seeds(seeds), np.linspace(start, max(last, other_last), _GRID)
+        curves = np.zeros((len(weights), len(grid)))
         for weight, a, b in zip(weights.T, one, other, strict=True):
-            width = end - start
-            means += weight * ((a.area(end) - a.area(start)) - (b.area(end) - b.area(start))) / width
             curves += weight[:, None] * (a.curve(grid) - b.curve(grid))
         signs = _signs(curves)
-        mean = Interval.of(float(means[0]), means[1:])
-        return Difference(first, second, start, end, mean, _runs(grid, signs > 0), _runs(grid, signs < 0))
+        above, below = _runs(grid, (signs > 0) & (grid <= other_last)), _runs(grid, (signs < 0) & (grid <= last))
+        end = min(last, other_last)
+        if start >= end:
+            return Difference(first, second, None, None, None, above, below)
+        means = np.zeros(len(weights))
+        for weight, a, b in zip(weights.T, one, other, strict=True):
+            means += weight * ((a.area(end) - a.area(start)) - (b.area(end) - b.area(start))) / (end - start)
+        return Difference(first, second, start, end, Interval.of(float(means[0]), means[1:]), above, below)
 
 
 def _signs(curves: Float64[np.ndarray, "replicates grid"]) -> Float64[np.ndarray, " grid"]:

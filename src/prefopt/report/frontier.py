@@ -91,7 +91,8 @@ class FrontierReport:
             "it is above {}": [d.second for d in mine if d.mean and d.mean.low > 0],
             "not beyond the noise above {}": [d.second for d in mine if d.mean and d.mean.low <= 0 <= d.mean.high],
             "but below {}": [d.second for d in mine if d.mean and d.mean.high < 0],
-            "with {} it has no range of KL in common": [d.second for d in mine if d.mean is None],
+            "above {} with less KL": [d.second for d in mine if d.mean is None and d.above],
+            "with {} it has no range of KL in common": [d.second for d in mine if d.mean is None and not d.above],
         }
         said = [text.format(_joined(names)) for text, names in groups.items() if names]
         more = f"; on average where both have points {', '.join(said)}" if said else ""
@@ -153,7 +154,8 @@ class FrontierReport:
             "keeps its last value there.",
             "Brackets: 95% intervals, +-1.96 standard errors of a bootstrap over prompts, which methods share, "
             + ("and seeds." if len(seeds) > 1 else "at one seed: the luck of training is not in them."),
-            "KL by KL: beyond a band that holds over the whole range at once.",
+            "KL by KL: beyond a band that holds over the whole range at once; behind its last point a method may "
+            "still be above another, since it got more with less, but never below.",
         ]
         if bounds:
             sentences.append(
