@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from prefopt.config import DPOConfig, SFTConfig
+from prefopt.config import DPOConfig, FrontierConfig, SFTConfig
+from prefopt.evaluate.experiment import run_experiment
 from prefopt.evaluate.policy import draw
 from prefopt.evaluate.sampled import Comparison, compare, pairs_from_samples
 from prefopt.model.load import load_model
@@ -15,6 +16,7 @@ from prefopt.progress import say
 from prefopt.quickstart.corpus import openings, reviews
 from prefopt.quickstart.seed_model import save_seed_model
 from prefopt.recipes import dpo, sft
+from prefopt.report.frontier import FrontierReport
 from prefopt.report.page import write_report
 from prefopt.rewards import Reward, open_reward
 from prefopt.run import RunFolder, write_atomically
@@ -27,6 +29,8 @@ _TEXTS, _DEMONSTRATIONS = 4000, 600
 _PROMPTS, _SAMPLES = 800, 4
 _TEST_PROMPTS, _TEST_SAMPLES = 200, 4
 _NEW_TOKENS = 48
+_OPENINGS = 1000  # of the frontier: its models begin at the SFT model, which knows none of them
+_PPO = {"lr": 1e-3, "batch_prompts": 32, "max_steps": 24, "kl_horizon": 500}
 
 
 def run_story(out: Path, seed: int) -> Path:
@@ -83,8 +87,34 @@ def run_story(out: Path, seed: int) -> Path:
         max_new_tokens=_NEW_TOKENS,
         seed=seed + 1,
     )
-    _tell(result, aligned, time.monotonic() - began)
-    return write_report(aligned.path)
+    _write(out / "openings.jsonl", ({"prompt": opening} for opening in openings(_OPENINGS, seed)))
+    frontier = _frontier(start.path, out, seed)
+    _tell(result, aligned, frontier, time.monotonic() - began)
+    return write_report(aligned.path, drawing=frontier.inline_svg())
+
+
+def _frontier(start: Path, out: Path, seed: int) -> FrontierReport:
+    """How much reward a few settings of three methods buy for their KL."""
+    say("and a small frontier: DPO, PPO on the truth itself and Best-of-N, reward against KL")
+    config = FrontierConfig.model_validate(
+        {
+            "out": out / "frontier",
+            "seeds": (seed,),
+            "model": str(start),
+            "reward": "prefopt.quickstart.corpus:ground_truth",
+            "prompts": {"data": str(out / "openings.jsonl"), "train": 200, "test": 100},
+            "pairs": {"samples": 4, "max_new_tokens": _NEW_TOKENS},
+            "evaluate": {"samples": 4, "max_new_tokens": _NEW_TOKENS, "every": 8},
+            "methods": [
+                {"name": "DPO", "recipe": "dpo", "settings": {"lr": 1e-3}, "sweep": {"beta": [0.1, 0.5, 2.0]}},
+                {"name": "PPO-GT", "recipe": "ppo", "reward": "truth", "settings": _PPO, "sweep": {"target_kl": [6.0]}},
+                {"name": "Best-of-N", "recipe": "best_of_n", "reward": "truth", "n": [4, 16]},
+            ],
+        }
+    )
+    report = FrontierReport(config, run_experiment(config))
+    report.write()
+    return report
 
 
 def _sft(model: Path, data: Path, out: Path, *, lr: float, epochs: int, seed: int) -> RunFolder:
@@ -114,7 +144,7 @@ def _make_pairs(model: Path, prompts: list[str], truth: Reward, seed: int) -> li
     return pairs
 
 
-def _tell(result: Comparison, run: RunFolder, seconds: float) -> None:
+def _tell(result: Comparison, run: RunFolder, frontier: FrontierReport, seconds: float) -> None:
     """The outcome on the screen and on top of the report."""
     rows = [
         ["mean true reward (-1 to 1)", str(result.before), str(result.after)],
@@ -124,7 +154,8 @@ def _tell(result: Comparison, run: RunFolder, seconds: float) -> None:
         f"Against the model it started from, on {_TEST_PROMPTS} openings never trained on, the aligned model wins "
         f"{result.win_rate.mean:.0%} of the comparisons (95% interval {result.win_rate.low:.0%} to "
         f"{result.win_rate.high:.0%}, ties count half) and gains {result.gain} in true reward. It paid a KL of "
-        f"{result.kl} nats a review. Intervals are bootstraps over prompts."
+        f"{result.kl} nats a review. Intervals are bootstraps over prompts. With other settings and methods, from the "
+        f"same start, on other openings: {frontier.headline} (frontier/frontier.md has the numbers; one seed.)"
     )
     outcome = {"title": "Did it work?", "text": text, "rows": rows}
     write_atomically(run.path / "outcome.json", json.dumps(outcome, indent=2).encode())

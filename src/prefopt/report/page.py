@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from scipy.stats import binomtest
 
 from prefopt.errors import RunError
@@ -28,16 +29,19 @@ _LONG_TEXT = 500  # characters; longer samples scroll in a box that the keyboard
 _HISTORY = {"started", "resumed", "interrupted", "saved", "finished"}
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: Path, drawing: Markup | None = None) -> Path:
     """Write RUN/report.html from what the run folder holds, and return its path.
 
     Only config.yaml must be there; a part of the page without its file is left out.
+
+    Args:
+        drawing: An `<svg>` for the outcome.
 
     Raises:
         RunError: there is no configuration, or a file of the run cannot be read.
     """
     told = _Told.of(run)
-    page = _environment().get_template("page.html").render(**_context(told))
+    page = _environment().get_template("page.html").render(**_context(told), drawing=drawing)
     target = run / "report.html"
     # A model may emit half a surrogate pair, which no file can hold: it is shown as its escape.
     write_atomically(target, page.encode("utf-8", errors="backslashreplace"))
