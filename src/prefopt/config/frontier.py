@@ -207,11 +207,11 @@ class FrontierConfig(Config):
     def _methods_with_folders_of_their_own(cls, value: tuple[MethodConfig, ...]) -> tuple[MethodConfig, ...]:
         names = [method.name for method in value]
         if len(set(names)) < len(names):
-            raise ValueError("methods with different names")
+            raise ValueError("methods need different names")
         arms = [arm for method in value if method.recipe in _TRAINED for arm in method.arms]
         for one, other in combinations(arms, 2):
             if one.folder == other.folder:
-                raise ValueError(f"different run folders; {one.method.name} and {other.method.name} have {one.folder}")
+                raise ValueError(f"methods need different run folders; two settings would both have {one.folder}")
         return value
 
     @property
