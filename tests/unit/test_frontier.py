@@ -77,8 +77,8 @@ def test_frontiers_that_cross() -> None:
     # Both have points from KL 1 to 9; A is 0.2 above as far as KL 5, and 0.2 below from there: 0 on average.
     assert (found.start, found.end) == pytest.approx((1.0, 9.0))
     assert found.mean is not None and found.mean.value == pytest.approx(0.0)
-    assert found.above == (pytest.approx((1.0, 5.0), abs=0.05),)
-    assert found.below == (pytest.approx((5.0, 9.0), abs=0.05),)
+    assert np.array(found.above) == pytest.approx(np.array([[1.0, 5.0]]), abs=0.05)
+    assert np.array(found.below) == pytest.approx(np.array([[5.0, 9.0]]), abs=0.05)
     assert found.sentence.startswith("Neither of A and B is above the other on average over KL 1\N{EN DASH}9")
     assert found.sentence.endswith("A is above at KL 1\N{EN DASH}5 and B is above at KL 5\N{EN DASH}9.")
 
@@ -127,7 +127,8 @@ def test_more_reward_with_less_kl_is_above() -> None:
     points = {"A": {0: measured((1, 0.9), (2, 0.9))}, "B": {0: measured((3, 0.2), (4, 0.3))}}
     found = Frontiers(points, {0: start()}).difference("A", "B")
     # A was never seen at KL 3 to 4, but what it reached at KL 1 is more than what B has there.
-    assert (found.mean, found.above, found.below) == (None, (pytest.approx((3.0, 4.0), abs=0.01),), ())
+    assert found.mean is None and not found.below
+    assert np.array(found.above) == pytest.approx(np.array([[3.0, 4.0]]), abs=0.01)
     assert found.sentence == ("A and B have no range of KL in common, but with less KL A is above at KL 3\N{EN DASH}4.")
 
 

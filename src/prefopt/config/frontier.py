@@ -255,8 +255,8 @@ class FrontierConfig(Config):
             _judge(("reward_model",), self.reward_model or {}, build)
         for i, method in enumerate(self.methods):
             for arm in method.arms if method.recipe in _TRAINED else ():
-                files = {"model": "m", "pairs": ("p",), "prompts": "q", "learned": "r"}
-                build = partial(arm.training_config, self, 0, **files, out=self.out)
+                made = partial(arm.training_config, self, 0, model="m", pairs=("p",), prompts="q", learned="r")
+                build = partial(made, out=self.out)
                 _judge(("methods", i), arm.settings, build, swept={n.partition(".")[0]: n for n in method.sweep})
         return self
 
@@ -306,7 +306,7 @@ def _kind(recipe: str) -> type[TrainConfig]:
         from prefopt.config.recipes import PPOConfig
 
         return PPOConfig
-    return {"sft": SFTConfig, "dpo": DPOConfig}[recipe]
+    return SFTConfig if recipe == "sft" else DPOConfig
 
 
 def _written(value: Any) -> str:

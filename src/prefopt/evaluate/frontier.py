@@ -152,7 +152,8 @@ def _area(
     order = np.argsort(kl, axis=1)
     at = np.clip(np.take_along_axis(kl, order, axis=1), 0, end)
     height = np.maximum.accumulate(np.maximum(np.take_along_axis(gain, order, axis=1), 0), axis=1)
-    return (height * np.diff(at, axis=1, append=end)).sum(axis=1)
+    areas: np.ndarray = (height * np.diff(at, axis=1, append=end)).sum(axis=1)
+    return areas
 
 
 def _draws(n: int, replicates: int, rng: np.random.Generator) -> Float64[np.ndarray, "replicates n"]:
@@ -183,7 +184,8 @@ class _Replicated:
         return _area(self.kl, self.reward - self.start[:, None], end)
 
     def curve(self, grid: Float64[np.ndarray, " grid"]) -> Float64[np.ndarray, "replicates grid"]:
-        return np.maximum(best_within(self.kl, self.reward, grid), self.start[:, None])
+        curves: np.ndarray = np.maximum(best_within(self.kl, self.reward, grid), self.start[:, None])
+        return curves
 
     @property
     def reach(self) -> float:
@@ -252,7 +254,8 @@ class Frontiers:
 
     def curve(self, method: str, grid: Float64[np.ndarray, " grid"]) -> Float64[np.ndarray, " grid"]:
         """The frontier of a method, mean over its seeds."""
-        return np.mean([one.curve(grid)[0] for one in self._methods[method].values()], axis=0)
+        mean: np.ndarray = np.mean([one.curve(grid)[0] for one in self._methods[method].values()], axis=0)
+        return mean
 
     def difference(self, first: str, second: str) -> Difference:
         """Compare two frontiers at the seeds that both have."""
@@ -291,7 +294,8 @@ def _signs(curves: Float64[np.ndarray, "replicates grid"]) -> Float64[np.ndarray
     if noisy.any():
         deviations = np.abs(curves[1:, noisy] - centre[noisy]) / error[noisy]
         reach = np.percentile(deviations.max(axis=1), 95) * error
-    return np.sign(centre) * (np.abs(centre) > reach + _NOTHING)
+    signs: np.ndarray = np.sign(centre) * (np.abs(centre) > reach + _NOTHING)
+    return signs
 
 
 def _runs(grid: Float64[np.ndarray, " grid"], where: Bool[np.ndarray, " grid"]) -> tuple[tuple[float, float], ...]:

@@ -13,6 +13,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from prefopt.config.frontier import FrontierConfig
 from prefopt.evaluate.frontier import Area, Difference, Frontiers, Interval, Measured, mean_over
@@ -195,7 +196,7 @@ class FrontierReport:
         figure = Figure(figsize=(8.5, 4.8), dpi=72)
         axes = figure.add_axes((0.09, 0.12, 0.66, 0.82))
         frame(axes)
-        axes.xaxis.get_major_locator().set_params(integer=False)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
         beyond = 0
         for number, name in enumerate(self.methods):
             colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
