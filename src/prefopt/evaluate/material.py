@@ -104,7 +104,7 @@ def _beginnings(config: PromptsConfig, model: str) -> Iterator[str]:
         if config.tokens and tokenizer is not None:
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             length = lengths.randint(*config.tokens)
-            start = tokenizer.decode(ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            start = str(tokenizer.decode(ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False))
             start = start if len(ids) > length and "\ufffd" not in start else ""  # half a character
         else:
             words = text.split()

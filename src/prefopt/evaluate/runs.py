@@ -244,7 +244,7 @@ def measure_run(config: FrontierConfig, seeds: Sequence[Seed], method: MethodCon
 
 
 def _last_step(run: RunFolder) -> int:
-    return max(event["step"] for event in run.events() if event["event"] == "finished")
+    return max(int(event["step"]) for event in run.events() if event["event"] == "finished")
 
 
 def _measure_steps(bench: _Bench, method: str, setting: str, run: RunFolder, steps: Sequence[int]) -> list[Point]:
