@@ -30,7 +30,7 @@ def test_the_frontier_is_the_best_reward_so_far() -> None:
 def test_area_of_a_staircase_above_the_start() -> None:
     points = {"A": {0: measured((1, 0.3), (3, 0.6), (2, 0.1))}, "B": {0: measured((4, 0.2), (0.5, -0.5))}}
     found = Frontiers(points, {0: start(reward=0.1)})
-    # A's last point on its frontier is at KL 3, B's at 4; both still gain at 3, so the range is 0 to 3.
+    # A's points end at KL 3, B's at 4: the range is 0 to 3, where both have been seen.
     assert found.end == pytest.approx(3.0)
     a, b = found.areas()
     # A gains 0.2 from KL 1 to 3: 0.4; its point at 3 has no width. B has gained nothing before KL 4.
@@ -143,7 +143,7 @@ def test_only_seeds_that_both_have_are_compared() -> None:
 
 def test_a_method_that_gains_nothing_has_no_area() -> None:
     (area,) = Frontiers({"A": {0: measured((2, -0.5))}}, {0: start()}).areas()
-    assert (area.area.value, area.reach, area.end) == (0.0, 0.0, 1.0)
+    assert (area.area.value, area.reach, area.end) == (0.0, 0.0, 2.0)
 
 
 def test_an_interval_speaks() -> None:

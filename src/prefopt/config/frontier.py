@@ -68,9 +68,7 @@ class EvaluationConfig(Config):
     ] = 100
     max_kl: Annotated[
         float | None,
-        Field(
-            description="Where areas and plot end, nats; default: the last KL at which two methods still gain.", gt=0
-        ),
+        Field(description="Where areas and plot end, nats; default: the largest KL that two methods reach.", gt=0),
     ] = None
     keep_checkpoints: Annotated[bool, Field(description="Keep checkpoints that are measured; else only the last.")] = (
         True

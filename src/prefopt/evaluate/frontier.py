@@ -200,7 +200,7 @@ class Frontiers:
     Args:
         points: Of each method, by seed; a method may lack seeds.
         starts: Reward of the start at every seed, per test prompt.
-        end: Where areas end; default: the largest KL at which two methods still gain.
+        end: Where areas end; default: the largest KL that two methods have points at, means over seeds.
     """
 
     def __init__(
@@ -221,11 +221,13 @@ class Frontiers:
             }
             for name, by_seed in points.items()
         }
-        self.end = end or self._last_gain()
+        self.end = end or self._seen_of_two()
 
-    def _last_gain(self) -> float:
-        reaches = sorted(float(np.mean([one.reach for one in m.values()])) for m in self._methods.values())
-        return max(reaches[-2:][0], 0.0) or max(reaches[-1], 0.0) or 1.0
+    def _seen_of_two(self) -> float:
+        seen = sorted(
+            float(np.mean([one.kl[0].max() for one in by_seed.values()])) for by_seed in self._methods.values()
+        )
+        return seen[-2:][0] or 1.0
 
     def _over_seeds(self, seeds: Sequence[int]) -> Float64[np.ndarray, "replicates seeds"]:
         # The same draws for every method and pair that has these seeds.

@@ -30,7 +30,8 @@ _PROMPTS, _SAMPLES = 800, 4
 _TEST_PROMPTS, _TEST_SAMPLES = 200, 4
 _NEW_TOKENS = 48
 _OPENINGS = 1000  # of the frontier: its models begin at the SFT model, which knows none of them
-_PPO = {"lr": 1e-3, "batch_prompts": 32, "max_steps": 24, "kl_horizon": 500}
+_DPO = {"lr": 1e-3, "batch_pairs": 32}
+_PPO = {"lr": 1e-3, "batch_prompts": 32, "epochs": 4, "save_every": 8, "kl_horizon": 500}
 
 
 def run_story(out: Path, seed: int) -> Path:
@@ -104,9 +105,9 @@ def _frontier(start: Path, out: Path, seed: int) -> FrontierReport:
             "reward": "prefopt.quickstart.corpus:ground_truth",
             "prompts": {"data": str(out / "openings.jsonl"), "train": 200, "test": 100},
             "pairs": {"samples": 4, "max_new_tokens": _NEW_TOKENS},
-            "evaluate": {"samples": 4, "max_new_tokens": _NEW_TOKENS, "every": 8},
+            "evaluate": {"samples": 4, "max_new_tokens": _NEW_TOKENS, "every": 10},
             "methods": [
-                {"name": "DPO", "recipe": "dpo", "settings": {"lr": 1e-3}, "sweep": {"beta": [0.1, 0.5, 2.0]}},
+                {"name": "DPO", "recipe": "dpo", "settings": _DPO, "sweep": {"beta": [0.1, 0.3, 1.0]}},
                 {"name": "PPO-GT", "recipe": "ppo", "reward": "truth", "settings": _PPO, "sweep": {"target_kl": [6.0]}},
                 {"name": "Best-of-N", "recipe": "best_of_n", "reward": "truth", "n": [4, 16]},
             ],

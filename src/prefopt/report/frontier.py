@@ -149,7 +149,8 @@ class FrontierReport:
         bounds = sorted({spot.method for spot in self._spots if spot.bound})
         sentences = [
             f"Reward: `{self.config.reward}`, mean over {len(self.points[0].reward)} test prompts x {asked.samples} "
-            f"fresh samples of at most {asked.max_new_tokens} tokens, and over seeds {', '.join(map(str, seeds))}.",
+            f"fresh samples of at most {asked.max_new_tokens} tokens, and over seed{'s' if len(seeds) > 1 else ''} "
+            f"{', '.join(map(str, seeds))}.",
             "KL: to the start, the exact KL of the next-token distributions summed along these samples.",
             "A frontier is the best reward at no more than a KL; a method whose last gain is before the range's end "
             "keeps its last value there.",
