@@ -20,11 +20,11 @@ CONFIG: dict[str, Any] = {
     "reward": "regex:(?i)[aeiou]",
     "seeds": [0, 1],
     "start": {"lr": 1e-3, "max_steps": 2, "batch_rows": 8},
-    "prompts": {"words": 2, "train": 12, "test": 6},
+    "prompts": {"words": 2, "train": 16, "test": 6},
     "pairs": {"samples": 3, "max_new_tokens": 6},
     "evaluate": {"samples": 2, "max_new_tokens": 6, "every": 2},
     "methods": [
-        {"name": "DPO", "recipe": "dpo", "settings": {"lr": 1e-2, "batch_pairs": 8, "max_steps": 3}},
+        {"name": "DPO", "recipe": "dpo", "settings": {"lr": 1e-2, "batch_pairs": 8, "epochs": 4, "max_steps": 3}},
         {"name": "Best-of-N", "recipe": "best_of_n", "reward": "truth", "n": [2, 4]},
     ],
 }
@@ -97,10 +97,9 @@ def test_a_second_call_measures_nothing_and_prints_the_same(folder: Path, capsys
     assert (folder / "whole" / "points.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("jobs", ["1", "2"])
-def test_a_kill_loses_nothing(folder: Path, jobs: str) -> None:
-    name = f"killed-{jobs}"
-    command = [sys.executable, "-m", "prefopt", "evaluate", "frontier", str(written(folder, name)), "--jobs", jobs]
+def test_a_kill_loses_nothing_and_processes_change_nothing(folder: Path) -> None:
+    name = "killed"
+    command = [sys.executable, "-m", "prefopt", "evaluate", "frontier", str(written(folder, name)), "--jobs", "2"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     file = folder / name / "points.jsonl"
     while process.poll() is None and not (file.exists() and file.read_bytes().count(b"\n") >= 3):
@@ -152,7 +151,7 @@ def test_another_run_in_the_folder_is_named_with_what_differs(folder: Path, caps
 
 def test_other_prompts_need_another_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = str(folder / "texts.jsonl")
-    file = written(folder, "whole", prompts={"data": texts, "words": 3, "train": 12, "test": 6})
+    file = written(folder, "whole", prompts={"data": texts, "words": 3, "train": 16, "test": 6})
     assert main(["evaluate", "frontier", str(file)]) == 2
     written(folder, "whole")
     assert "The folder holds another experiment's prompts." in capsys.readouterr().err
@@ -160,7 +159,7 @@ def test_other_prompts_need_another_folder(folder: Path, capsys: pytest.CaptureF
 
 def test_too_few_prompts_are_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = str(folder / "texts.jsonl")
-    file = written(folder, "few", prompts={"data": texts, "tokens": [2, 4], "train": 1200, "test": 6})
+    file = written(folder, "few", prompts={"data": texts, "tokens": [2, 4], "train": 1600, "test": 6})
     assert main(["evaluate", "frontier", str(file)]) == 2
     error = capsys.readouterr().err
     assert "There are too few distinct prompts." in error and "1,200 to train on and 6 to measure on" in error

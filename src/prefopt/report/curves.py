@@ -17,7 +17,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-__all__ = ["MUTED", "RC", "Panel", "draw_panels", "frame", "inline_svg"]
+__all__ = ["GRID", "INK", "MUTED", "RC", "Panel", "draw_panels", "frame", "inline_svg"]
 
 Metrics = Sequence[Mapping[str, Any]]
 
@@ -26,12 +26,12 @@ _MOST_POINTS = 400  # of a training line; longer ones are averaged over neighbou
 _MOST_DOTS = 24  # of a held-out line
 
 # Drawn with these stand-ins, which become CSS variables.
-_INK, MUTED, _GRID = "#010101", "#020202", "#030303"
+INK, MUTED, GRID = "#010101", "#020202", "#030303"
 _LINES = ("#040404", "#050505")
 _VARIABLES = {
-    _INK: "var(--ink)",
+    INK: "var(--ink)",
     MUTED: "var(--muted)",
-    _GRID: "var(--rule)",
+    GRID: "var(--rule)",
     _LINES[0]: "var(--first)",
     _LINES[1]: "var(--second)",
 }
@@ -43,7 +43,7 @@ RC = {
     "axes.facecolor": "none",
     "axes.edgecolor": MUTED,
     "axes.labelcolor": MUTED,
-    "text.color": _INK,
+    "text.color": INK,
     "text.parse_math": False,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
@@ -228,7 +228,7 @@ def frame(axes: Any) -> None:
     """Few lines and quiet ones."""
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.grid(axis="y", color=_GRID, lw=0.7)
+    axes.grid(axis="y", color=GRID, lw=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, pad=4)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from prefopt.config.frontier import FrontierConfig
 from prefopt.evaluate.frontier import Area, Difference, Frontiers, Interval, Measured, mean_over
 from prefopt.evaluate.points import Point
-from prefopt.report.curves import MUTED, RC, frame, inline_svg
+from prefopt.report.curves import GRID, INK, MUTED, RC, frame, inline_svg
 from prefopt.run import write_atomically
 
 __all__ = ["FrontierReport"]
@@ -27,8 +27,7 @@ __all__ = ["FrontierReport"]
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _START = "start"
-_ON_PAPER = {"figure.facecolor": "white", "axes.edgecolor": "#666666", "axes.labelcolor": "#333333"}
-_ON_PAPER |= {"text.color": "#111111", "xtick.color": "#333333", "ytick.color": "#333333"}
+_ON_PAPER = {INK: "#111111", MUTED: "#666666", GRID: "#e3e3e3"}  # in the file; a page has variables for them
 
 
 @dataclass(frozen=True)
@@ -183,19 +182,22 @@ class FrontierReport:
     def svg(self) -> bytes:
         """The plot as a file."""
         out = io.StringIO()
-        with mpl.rc_context({**RC, **_ON_PAPER, "svg.hashsalt": "prefopt frontier"}):
-            FigureCanvasSVG(self._figure("#666666")).print_svg(out, metadata={"Date": None})
-        return out.getvalue().encode()
+        with mpl.rc_context({**RC, "figure.facecolor": "white", "svg.hashsalt": "prefopt frontier"}):
+            FigureCanvasSVG(self._figure()).print_svg(out, metadata={"Date": None})
+        text = out.getvalue()
+        for stand_in, colour in _ON_PAPER.items():
+            text = text.replace(stand_in, colour)
+        return text.encode()
 
     def inline_svg(self) -> Markup:
         """The plot for the inside of a page."""
         with mpl.rc_context({**RC, "svg.hashsalt": "prefopt frontier"}):
-            return inline_svg(self._figure(MUTED), f"Mean true reward against KL. {self.headline}")
+            return inline_svg(self._figure(), f"Mean true reward against KL. {self.headline}")
 
-    def _figure(self, muted: str) -> Figure:
+    def _figure(self) -> Figure:
         end = self.frontiers.end
-        figure = Figure(figsize=(8.5, 4.8), dpi=72)
-        axes = figure.add_axes((0.09, 0.12, 0.66, 0.82))
+        figure = Figure(figsize=(9.4, 4.8), dpi=72)
+        axes = figure.add_axes((0.08, 0.12, 0.64, 0.82))
         frame(axes)
         axes.xaxis.set_major_locator(MaxNLocator(6))
         beyond = 0
@@ -217,14 +219,14 @@ class FrontierReport:
                 lw=0.6,
                 label=f"{name} (KL: a bound)" if bound else name,
             )
-            grid = np.linspace(0, end, 400)
-            curve, area = self.frontiers.curve(name, grid), next(a for a in self.areas if a.method == name)
-            seen = grid <= area.reach
-            axes.plot(grid[seen], curve[seen], color=colour, lw=1.6, ls="--" if bound else "-", zorder=3)
-            axes.plot(grid[~seen], curve[~seen], color=colour, lw=0.8, ls=":", zorder=2)
+            grid, area = np.linspace(0, end, 801), next(a for a in self.areas if a.method == name)
+            curve, first = self.frontiers.curve(name, grid), min(spot.kl.value for spot in spots)
+            for part, style in ((grid <= area.reach, "--" if bound else "-"), (grid > area.reach, ":")):
+                part &= grid >= first
+                axes.plot(grid[part], curve[part], color=colour, lw=1.4, ls=style, drawstyle="steps-post", zorder=3)
         (start,) = [spot for spot in self._spots if spot.method == _START]
-        axes.axhline(start.reward.value, color=muted, lw=1.0, ls=(0, (1, 2)), zorder=1)
-        axes.text(end, start.reward.value, "start", color=muted, ha="right", va="bottom", fontsize=10)
+        axes.axhline(start.reward.value, color=MUTED, lw=1.0, ls=(0, (1, 2)), zorder=1)
+        axes.text(end, start.reward.value, "start", color=MUTED, ha="right", va="bottom", fontsize=10)
         axes.set_xlim(-0.02 * end, 1.06 * end)
         more = f"; {beyond} points lie further right" if beyond else ""
         axes.set_xlabel(f"KL to the start, nats a completion{more}")
