@@ -19,8 +19,8 @@ from prefopt.failure import exit_code
 from prefopt.flags import with_flags_of
 from prefopt.parse import flag_of
 
-COMMANDS = ["quickstart", "check", "sft", "dpo", "ppo", "resume", "score", "evaluate", "chat", "merge"]
-COMMANDS += ["evaluate best-of"]
+COMMANDS = ["quickstart", "check", "sft", "dpo", "reward", "ppo", "resume", "score", "evaluate", "chat", "merge"]
+COMMANDS += ["evaluate best-of", "evaluate frontier"]
 GOLDEN = Path(__file__).parents[1] / "golden"
 ROW = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
 
