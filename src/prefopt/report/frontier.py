@@ -228,7 +228,7 @@ class FrontierReport:
         axes.axhline(start.reward.value, color=MUTED, lw=1.0, ls=(0, (1, 2)), zorder=1)
         axes.text(end, start.reward.value, "start", color=MUTED, ha="right", va="bottom", fontsize=10)
         axes.set_xlim(-0.02 * end, 1.06 * end)
-        more = f"; {beyond} points lie further right" if beyond else ""
+        more = f"; {beyond} more further right" if beyond else ""
         axes.set_xlabel(f"KL to the start, nats a completion{more}")
         axes.set_ylabel("mean true reward")
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=10)
