@@ -1,61 +1,17 @@
 """Through the command line on a tiny model: what must not change a run, does not."""
 
-import io
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoModelForCausalLM
 
-from prefopt.cli import main
+from commands import close, metrics, prefopt, rows_by_step, start, wait_for_step, weights
 from tiny import save_tiny_model, write_pairs
-
-TIMING = {"tokens_per_second", "pairs_per_second", "rows_per_second", "peak_memory_bytes"}
-
-
-@dataclass
-class Done:
-    stdout: str
-    stderr: str
-
-
-def prefopt(*arguments: str, cache: Path, expect: int = 0) -> Done:
-    """The command line, in this process: what a shell would see of it."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setenv("PREFOPT_CACHE", str(cache))
-        code = main(arguments)
-    assert code == expect, err.getvalue()
-    return Done(out.getvalue(), err.getvalue())
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "prefopt", *arguments]
-
-
-def environment(cache: Path) -> dict[str, str]:
-    return {**os.environ, "PREFOPT_CACHE": str(cache), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return dict(load_file(run / "model" / "model.safetensors"))
 
 
 @pytest.fixture(scope="module")
@@ -72,15 +28,6 @@ def dpo(inputs: Path, out: Path, *more: str, lr: str = "1e-3") -> list[str]:
         *("--beta", "0.1", "--lr", lr, "--batch-pairs", "8", "--eval-share", "0.2", "--samples", "2"),
         *("--sample-tokens", "8", *more),
     ]
-
-
-def close(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]], tolerance: float) -> None:
-    assert len(a) == len(b)
-    for one, other in zip(a, b, strict=True):
-        assert one.keys() == other.keys()
-        for name, value in one.items():
-            expected = value if isinstance(value, str) else pytest.approx(value, rel=tolerance, abs=tolerance)
-            assert other[name] == expected, name
 
 
 def test_micro_batches_change_nothing(inputs: Path, tmp_path: Path) -> None:
@@ -142,30 +89,6 @@ def test_interrupted_and_resumed_equals_uninterrupted(inputs: Path, tmp_path: Pa
     name = "adapter_model.safetensors" if "--lora-rank" in more else "model.safetensors"
     assert (run / "model" / name).read_bytes() == (tmp_path / "whole" / "model" / name).read_bytes()
     assert rows_by_step(run) == rows_by_step(tmp_path / "whole")
-
-
-def start(arguments: Sequence[str], cache: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(command(*arguments), env=environment(cache), stderr=subprocess.DEVNULL)
-
-
-def wait_for_step(run: Path, process: subprocess.Popen[bytes], step: int) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if (run / "metrics.jsonl").exists() and any(m["step"] >= step for m in metrics_so_far(run)):
-            return
-        assert process.poll() is None, "the run ended before it could be interrupted"
-        time.sleep(0.01)
-    raise AssertionError("the run never reached the step")
-
-
-def metrics_so_far(run: Path) -> list[dict[str, Any]]:
-    text = (run / "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
-def rows_by_step(run: Path) -> dict[int, list[str]]:
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    return {e["step"]: e["rows"] for e in events if e["event"] == "rows"}
 
 
 def test_a_run_is_what_was_promised(inputs: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-__all__ = ["GRID", "INK", "MUTED", "RC", "Panel", "draw_panels", "frame", "inline_svg"]
+__all__ = ["GRID", "INK", "MUTED", "RC", "Panel", "draw_calibration", "draw_panels", "frame", "inline_svg"]
 
 Metrics = Sequence[Mapping[str, Any]]
 
@@ -88,6 +88,19 @@ _OTHER_LOSS = _Plan(
     "Should fall and level off. Held-out rising while train falls: the rows are being learnt by heart.",
     {"loss": ""},
 )
+_IMPLICIT_REWARDS = _Plan(
+    "Implicit rewards",
+    "What the loss compares; for DPO beta times the log-ratio to the reference. Their distance is what is learnt; "
+    "both falling together is likelihood displacement.",
+    {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
+    level=(0.0, ""),
+)
+_SCORES = _Plan(
+    "Scores",
+    "Logits of the best and the worst completion of a row. Only their distance is learnt: "
+    "where zero lies is set at the end.",
+    {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
+)
 _PLANS = (
     _Plan(
         "Accuracy",
@@ -98,15 +111,29 @@ _PLANS = (
         limits=(0.0, 1.0),
     ),
     _Plan(
-        "Implicit rewards",
-        "What the loss compares; for DPO beta times the log-ratio to the reference. Their distance is what is learnt; "
-        "both falling together is likelihood displacement.",
-        {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
+        "Calibration error",
+        "How far predicted probabilities are from the observed shares, mean over pairs. "
+        "Rising while accuracy stands still: confidence alone is growing.",
+        {"calibration_error": ""},
+        level=(0.0, ""),
+    ),
+    _Plan(
+        "Longer completions",
+        "Share of pairs whose longer completion scores higher, beside the share where it is the better one. "
+        "Far above: length is being rewarded.",
+        {"length/longer_preferred": "scored", "length/longer_chosen": "better"},
+        level=(0.5, ""),
+        limits=(0.0, 1.0),
+    ),
+    _Plan(
+        "Correlation with length",
+        "Of score difference and length difference within a prompt, -1 to 1.",
+        {"length/correlation": ""},
         level=(0.0, ""),
     ),
     _Plan(
         "Reward margin",
-        "Chosen minus rejected reward: grows as the policy tells them apart. Growth without "
+        "Chosen minus rejected reward: grows as the model tells them apart. Growth without "
         "better held-out accuracy is only confidence.",
         {"rewards/margins": ""},
         level=(0.0, ""),
@@ -154,21 +181,61 @@ _PLANS = (
     ),
 )
 _TOLD_ELSEWHERE = {"step", "split", "pairs", "rows", "peak_memory_bytes", "pairs_per_second", "rows_per_second"}
+_TOLD_ELSEWHERE |= {"accuracy", "accuracy/low", "accuracy/high"}  # the outcome says them
 
 
-def draw_panels(metrics: Metrics) -> list[Panel]:
+def draw_panels(metrics: Metrics, recipe: str = "dpo") -> list[Panel]:
     """A panel for everything in `metrics` (lines of metrics.jsonl) that has at least one number.
 
     Metrics without a plan of their own get a plain panel under their own name.
     """
     names = {name for line in metrics for name, value in line.items() if isinstance(value, int | float)}
     first = next((line["loss"] for line in metrics if line.get("step") == 0 and "loss" in line), math.nan)
-    starts_at_ln2 = "rewards/margins" in names and abs(first - math.log(2)) < _NEAR_LN2
-    loss = _DPO_LOSS if starts_at_ln2 else _OTHER_LOSS
-    planned = {name for plan in (loss, *_PLANS) for name in plan.lines}
-    others = sorted(names - planned - _TOLD_ELSEWHERE)
-    plans = [loss, *_PLANS, *(_Plan(name, "Logged under this name.", {name: ""}) for name in others)]
+    scored = recipe == "reward"
+    starts_at_ln2 = not scored and "rewards/margins" in names and abs(first - math.log(2)) < _NEAR_LN2
+    accuracy, *rest = _PLANS
+    plans = [_DPO_LOSS if starts_at_ln2 else _OTHER_LOSS, accuracy, _SCORES if scored else _IMPLICIT_REWARDS, *rest]
+    planned = {name for plan in plans for name in plan.lines}
+    plans += [_Plan(name, "Logged under this name.", {name: ""}) for name in sorted(names - planned - _TOLD_ELSEWHERE)]
     return [_panel(plan, metrics, i) for i, plan in enumerate(plans) if names & set(plan.lines)]
+
+
+def draw_calibration(bins: Sequence[Mapping[str, Any]]) -> list[Panel]:
+    """Observed against predicted shares, with 95% intervals, as a list of one panel; of no bins none.
+
+    Args:
+        bins: `evaluate.preferences.Bin` as JSON.
+    """
+    if not bins:
+        return []
+    with mpl.rc_context({**RC, "svg.hashsalt": "prefopt calibration"}):
+        figure = Figure(figsize=(4.25, 2.4), dpi=72)
+        axes = figure.add_axes((0.15, 0.185, 0.805, 0.715))
+        frame(axes)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.plot([0.5, 1], [0.5, 1], color=MUTED, lw=1.0, ls=(0, (1, 2)), zorder=1)
+        for one in bins:
+            axes.plot([one["predicted"]] * 2, [one["observed_low"], one["observed_high"]], color=_LINES[0], lw=1.4)
+            axes.annotate(
+                f"{one['pairs']:,}",
+                (one["predicted"], one["observed_high"]),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="center",
+                color=MUTED,
+                fontsize=9,
+            )
+        axes.plot(*zip(*((b["predicted"], b["observed"]) for b in bins), strict=True), "o", color=_LINES[0], ms=5)
+        axes.set_xlim(0.49, 1.01)
+        axes.set_ylim(min(0.4, *(b["observed_low"] for b in bins)) - 0.03, 1.1)
+        axes.set_xlabel("predicted", loc="right", labelpad=1, fontsize=10)
+        told = ", ".join(f"{b['observed']:.0%} where {b['predicted']:.0%} is predicted" for b in bins)
+        svg = inline_svg(figure, f"Calibration: right in {told}")
+    caption = (
+        "How often the better-scored completion is the better one (95% intervals, number of pairs above them) against "
+        "how often the scores say so: on the dotted line the model knows how sure to be, below it it is too sure."
+    )
+    return [Panel("Calibration", caption, svg, 1)]
 
 
 @dataclass(frozen=True)

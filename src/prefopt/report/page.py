@@ -19,12 +19,12 @@ from markupsafe import Markup
 from scipy.stats import binomtest
 
 from prefopt.errors import RunError
-from prefopt.report.curves import draw_panels
+from prefopt.report.curves import draw_calibration, draw_panels
 from prefopt.run import RunFolder, write_atomically
 
 __all__ = ["write_report"]
 
-_RECIPES = {"sft": "Supervised fine-tuning", "dpo": "Direct Preference Optimization"}
+_RECIPES = {"sft": "Supervised fine-tuning", "dpo": "Direct Preference Optimization", "reward": "Reward model"}
 _LONG_TEXT = 500  # characters; longer samples scroll in a box that the keyboard reaches
 _HISTORY = {"started", "resumed", "interrupted", "saved", "finished"}
 
@@ -68,7 +68,7 @@ class _Told:
                 "There is no run to report on.",
                 where=str(path / "config.yaml"),
                 got="no such file",
-                expected="a run folder, as `prefopt sft` and `prefopt dpo` make",
+                expected="a run folder, as `prefopt sft`, `dpo` and `reward` make",
             )
         run = RunFolder(path)
         return cls(
@@ -159,7 +159,8 @@ def _context(told: _Told) -> dict[str, Any]:
         "warnings": [
             {"step": event.get("step"), "sentence": str(event.get("sentence", ""))} for event in told.of_event("warned")
         ],
-        "panels": draw_panels(told.metrics),
+        "calibration": draw_calibration(told.outcome.get("calibration") or []),
+        "panels": draw_panels(told.metrics, told.recipe),
         "splits": {line.get("split") for line in told.metrics},
         "pairs": any("rewards/rejected" in line for line in told.metrics),
         "samples": [
@@ -206,7 +207,9 @@ def _sentence(told: _Told) -> str:
 
 
 def _interval(line: Mapping[str, Any]) -> str:
-    """95% Wilson interval of the accuracy, where the line says of how many pairs or rows it is."""
+    """95% interval of the accuracy: the line's own, or Wilson's where it says of how many pairs or rows it is."""
+    if "accuracy/low" in line:
+        return f"95% interval {line['accuracy/low']:.2f} to {line['accuracy/high']:.2f}"
     unit = "pairs" if "pairs" in line else "rows"
     pairs = line.get(unit)
     if not isinstance(pairs, int | float) or pairs < 1:
@@ -274,17 +277,18 @@ def _facts(told: _Told) -> list[tuple[str, str, str]]:
         found.append(("Reference", str(config.get("reference") or "the starting model"), manifest["reference"]))
     found += [(label, "", manifest.get(key)) for label, key in (("Tokenizer", "tokenizer"), ("Template", "template"))]
     for event in list(told.of_event("path"))[-1:]:
-        found.append(("Log-probabilities", *_path(event)))
+        of_scores = told.recipe == "reward"
+        found.append(("Scores", *_path(event, "")) if of_scores else ("Log-probabilities", *_path(event, "nats ")))
     seconds = _seconds(told)
     found.append(("Time taken", _duration(seconds) if seconds is not None else "", None))
     found += [(label, value, None) for label, value in _rates(told)]
     return [(label, value, str(detail or "")) for label, value, detail in found if value or detail]
 
 
-def _path(event: Mapping[str, Any]) -> tuple[str, str]:
+def _path(event: Mapping[str, Any], unit: str) -> tuple[str, str]:
     value = f"{event.get('path', '')} path"
     if isinstance(event.get("max_difference"), int | float):
-        value += f"; {event['max_difference']:.1e} nats a sequence at most from transformers' own on the first batch"
+        value += f"; {event['max_difference']:.1e} {unit}a sequence at most from transformers' own on the first batch"
     return value, str(event.get("reason", ""))
 
 
