@@ -7,7 +7,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from prefopt.config import CheckConfig, DPOConfig, MergeConfig, ScoreConfig, SFTConfig
+from prefopt.config import CheckConfig, DPOConfig, MergeConfig, RewardConfig, ScoreConfig, SFTConfig
 from prefopt.errors import ConfigError
 from prefopt.parse import flag_of, parse_config
 
@@ -29,7 +29,8 @@ def refused(kind: type[BaseModel], file: Path | None = None, /, **flags: Any) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("sft.yaml", SFTConfig), ("dpo.yaml", DPOConfig), ("dpo-lora.yaml", DPOConfig)]
+    ("name", "kind"),
+    [("sft.yaml", SFTConfig), ("dpo.yaml", DPOConfig), ("dpo-lora.yaml", DPOConfig), ("reward.yaml", RewardConfig)],
 )
 def test_shipped_configurations_are_right(name: str, kind: type[BaseModel]) -> None:
     config = parse_config(kind, CONFIGS / name, {})
@@ -40,7 +41,7 @@ def test_shipped_configurations_are_right(name: str, kind: type[BaseModel]) -> N
 
 
 def test_every_shipped_configuration_is_tested() -> None:
-    assert {p.name for p in CONFIGS.glob("*.yaml")} == {"sft.yaml", "dpo.yaml", "dpo-lora.yaml"}
+    assert {p.name for p in CONFIGS.glob("*.yaml")} == {"sft.yaml", "dpo.yaml", "dpo-lora.yaml", "reward.yaml"}
 
 
 def test_flags_win_over_the_file_and_the_rest_stays(tmp_path: Path) -> None:

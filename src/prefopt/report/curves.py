@@ -212,7 +212,7 @@ def draw_calibration(bins: Sequence[Mapping[str, Any]]) -> list[Panel]:
         figure = Figure(figsize=(4.25, 2.4), dpi=72)
         axes = figure.add_axes((0.15, 0.185, 0.805, 0.715))
         frame(axes)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xticks([0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
         axes.plot([0.5, 1], [0.5, 1], color=MUTED, lw=1.0, ls=(0, (1, 2)), zorder=1)
         for one in bins:
             axes.plot([one["predicted"]] * 2, [one["observed_low"], one["observed_high"]], color=_LINES[0], lw=1.4)
