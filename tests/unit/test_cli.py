@@ -13,7 +13,7 @@ import pytest
 from pydantic import BaseModel
 
 from prefopt.cli import main
-from prefopt.config import BestOfConfig, DPOConfig, QuickstartConfig, SFTConfig
+from prefopt.config import BestOfConfig, DPOConfig, QuickstartConfig, RewardConfig, SFTConfig
 from prefopt.errors import DataError
 from prefopt.failure import exit_code
 from prefopt.flags import with_flags_of
@@ -64,7 +64,8 @@ def test_every_golden_file_belongs_to_a_command() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "kind"), [("sft", SFTConfig), ("dpo", DPOConfig), ("evaluate best-of", BestOfConfig)]
+    ("command", "kind"),
+    [("sft", SFTConfig), ("dpo", DPOConfig), ("reward", RewardConfig), ("evaluate best-of", BestOfConfig)],
 )
 def test_help_has_every_setting_with_its_default_and_examples(
     command: str, kind: type[BaseModel], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
