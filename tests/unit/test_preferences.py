@@ -78,7 +78,8 @@ def test_the_interval_is_over_prompts() -> None:
     scores = np.array([[1.0, 0.0]] * 13 + [[0.0, 1.0]] * 7)
     once = agreement(few, scores)
     many = agreement([g for g in few for _ in range(100)], scores.repeat(100, axis=0))
-    assert (many.prompts, many.pairs, many.accuracy) == (20, 2000, pytest.approx(13 / 20))
+    assert (many.prompts, many.pairs) == (20, 2000)
+    assert many.accuracy == pytest.approx(13 / 20)
     assert (many.interval.low, many.interval.high) == pytest.approx((once.interval.low, once.interval.high))
     # The deviation of a share of 20 is sqrt(0.65 * 0.35 / 20) = 0.107.
     assert once.interval.high - once.interval.low == pytest.approx(2 * 1.96 * 0.107, rel=0.15)

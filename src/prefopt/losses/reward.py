@@ -25,7 +25,7 @@ def reward_ranking(
 
     Ouyang et al. 2022 (InstructGPT, arXiv 2203.02155, equation 1); K = 2 is Bradley-Terry. The margin m is
     Llama 2's (Touvron et al. 2023, arXiv 2307.09288, equation 2), the last term Eisenstein et al. 2023
-    (arXiv 2312.09244, equation 3): rewards are defined up to a number a prompt, and it holds that near zero.
+    (arXiv 2312.09244, equation 2): rewards are defined up to a number a prompt, and it holds that near zero.
 
         d_ij = r_i - r_j, y_i ranked above y_j
         loss = mean over the K * (K - 1) / 2 pairs of

@@ -224,7 +224,7 @@ def _outcome(run: RunFolder, found: Agreement, config: RewardConfig) -> dict[str
     verdict = "" if low > 0.5 else "; chance is within it" if high >= 0.5 else "; that is worse than chance"
     text = (
         f"On {found.pairs:,} held-out pairs of {found.prompts:,} prompts the better completion scores higher in "
-        f"{found.accuracy:.1%} (95% interval {low:.1%} to {high:.1%}, by bootstrap over prompts{verdict}). "
+        f"{found.accuracy:.1%} (95% interval {low:.1%} to {high:.1%}, over prompts{verdict}). "
         f"The longer one scores higher in {found.longer_preferred:.1%} and is the better one in "
         f"{found.longer_chosen:.1%} of those of unequal length. Predicted probabilities miss the observed shares by "
         f"{found.calibration_error:.1%} on average"
