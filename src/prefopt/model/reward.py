@@ -154,7 +154,8 @@ def to_reward_model(
     """The sequence classifier on a language model's backbone, its head new: the language model is used up.
 
     The head is drawn from N(0, 1 / (d + 1)), a standard deviation of 1 / sqrt(d + 1) (Stiennon et al. 2020,
-    arXiv 2009.01325; Huang et al. 2024, arXiv 2403.17031), d being the size of the hidden states. `loaded.tokenizer` gets a padding token that no text ends with, if it has none.
+    arXiv 2009.01325; Huang et al. 2024, arXiv 2403.17031), d being the size of the hidden states.
+    `loaded.tokenizer` gets a padding token that no text ends with, if it has none.
 
     Args:
         renderer: Says at which tokens texts end.
