@@ -42,12 +42,17 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """A prompt with the one completion to imitate."""
+    """A prompt with the one completion to imitate.
+
+    `cut`, here and below, says of each completion whether it broke off at a length limit: its end is then
+    not its own, and not trained. Empty where nothing says so.
+    """
 
     prompt: Content
     completion: Content
     source: Source
     weight: float = 1.0
+    cut: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,7 @@ class Comparison:
     weight: float = 1.0
     probability: float = 1.0
     margin: float = 0.0
+    cut: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +86,7 @@ class Rating:
     source: Source
     weight: float = 1.0
     probability: float = 1.0
+    cut: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +97,7 @@ class Ranking:
     completions: tuple[Content, ...]
     source: Source
     weight: float = 1.0
+    cut: tuple[bool, ...] = ()
 
 
 Record = Demonstration | Comparison | Rating | Ranking

@@ -332,3 +332,19 @@ def test_any_row_is_a_record_or_a_reason(row: dict[str, Any]) -> None:
     if isinstance(parsed.record, Comparison):
         assert parsed.record.chosen != parsed.record.rejected
         assert type(parsed.record.prompt) is type(parsed.record.chosen) is type(parsed.record.rejected)
+
+
+def test_a_finish_column_marks_what_broke_off() -> None:
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+
+    def cut(values: dict[str, Any]) -> tuple[bool, ...]:
+        record = parse_row(values, SOURCE).record
+        assert record is not None
+        return record.cut
+
+    assert cut({**pair, "rejected_finish": "length"}) == (False, True)
+    assert cut({**pair, "chosen_finish": "length", "rejected_finish": "stop"}) == (True, False)
+    assert cut({**pair, "chosen_finish": "stop"}) == cut(pair) == ()
+    assert cut({"prompt": "a", "completion": "b", "finish": "length"}) == (True,)
+    refusal = parse_row({**pair, "chosen_finish": "cut"}, SOURCE).refusal
+    assert refusal is not None and refusal.detail == "chosen_finish is 'cut', not stop or length"

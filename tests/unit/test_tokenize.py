@@ -6,6 +6,7 @@ Tokens of a completion that are not trained on stand in parentheses.
 import gzip
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -398,6 +399,21 @@ def test_a_prompt_that_cannot_be_rendered_is_said() -> None:
         Renderer(llama(MISTRAL)).prompt_ids(turns("user:hi", "user:hi"))
     with pytest.raises(DataError, match="empty"):
         Renderer(chatml(None, eos=None)).prompt_ids("")
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_completion_that_broke_off_has_no_end(chat: bool) -> None:
+    """Only the marked side loses its end; what the model is taught to say is otherwise the same."""
+    renderer = Renderer(chatml(CHATML) if chat else llama())
+    whole = Comparison("Say it.", " yes", " no, not at all", SOURCE)
+    (plain,) = renderer.groups([whole], Audit())
+    (cut,) = renderer.groups([replace(whole, cut=(False, True))], Audit())
+    assert not plain.truncated and cut.truncated
+    assert cut.completions[0].ids.tolist() == plain.completions[0].ids.tolist()
+    rejected, full = cut.completions[1].ids.tolist(), plain.completions[1].ids.tolist()
+    assert full[: len(rejected)] == rejected and full[len(rejected)] in renderer.stop_ids
+    assert not set(rejected) & renderer.stop_ids
+    assert renderer.decode(rejected).strip() == "no, not at all"
 
 
 # --- real files -----------------------------------------------------------------------------------------

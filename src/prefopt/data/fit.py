@@ -39,7 +39,7 @@ def fit(
         audit.mend(group.source, "prompt_cut", f"{len(group.prompt_ids)} tokens, the last {len(prompt)} kept")
     if (kept := max(len(c.ids) for c in completions)) < longest:
         audit.mend(group.source, "completion_cut", f"{longest} tokens, the first {kept} kept; its end is not trained")
-    return replace(group, prompt_ids=prompt, completions=completions, truncated=kept < longest)
+    return replace(group, prompt_ids=prompt, completions=completions, truncated=group.truncated or kept < longest)
 
 
 def _last(ids: Int32[np.ndarray, " tokens"], count: int, start_id: int | None) -> Int32[np.ndarray, " kept"]:

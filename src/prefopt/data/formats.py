@@ -11,26 +11,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefopt.data.audit import Refusal
+from prefopt.data.row import Row
 from prefopt.data.turns import (
-    Mends,
     check_order,
     clean,
     common_history,
     is_transcript,
     kind_of,
-    messages,
     shared_beginning,
     transcript_turns,
     transcripts,
 )
 from prefopt.records import Comparison, Content, Demonstration, Message, Ranking, Rating, Record, Source
 
-__all__ = ["COLUMNS", "RECOGNISED", "Parsed", "Row", "alpaca_prompt", "pair_sides", "parse_row", "transcript_prompt"]
+__all__ = ["COLUMNS", "RECOGNISED", "Parsed", "alpaca_prompt", "pair_sides", "parse_row", "transcript_prompt"]
 
 # Our names, which a column mapping may give to other columns.
 COLUMNS = (
     *("prompt", "chosen", "rejected", "completion", "completions", "scores", "text", "messages"),
     *("label", "weight", "probability", "margin", "system"),
+    *("finish", "chosen_finish", "rejected_finish"),
 )
 RECOGNISED = frozenset((*COLUMNS, "conversations", "instruction", "input", "output", "history"))
 
@@ -39,7 +39,6 @@ RECOGNISED = frozenset((*COLUMNS, "conversations", "instruction", "input", "outp
 _MAYBE_PROMPTS = ("question", "query", "input", "instruction", "context", "user", "problem")
 
 _EXPECTED = "expected chosen and rejected, prompt and completion, messages, instruction and output, or text"
-_TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,98 +64,6 @@ class _Sides:
     completions: tuple[Content, ...]
 
 
-class Row:
-    """Columns of one row that hold something."""
-
-    def __init__(self, values: Any) -> None:
-        self.layout: str | None = None
-        self.mends: Mends = []
-        self.used: list[str] = []
-        if isinstance(values, str):  # a JSON array of texts
-            values = {"text": values}
-        self._values: dict[str, Any] = values if isinstance(values, dict) else {}
-        self.is_object = isinstance(values, dict)
-
-    def __contains__(self, name: str) -> bool:
-        return self._values.get(name) is not None
-
-    def __getitem__(self, name: str) -> Any:
-        self.used.append(name)
-        return self._values[name]
-
-    def get(self, name: str, default: Any) -> Any:
-        """What a column holds, or `default`."""
-        if name not in self:
-            return default
-        return self[name]
-
-    def text(self, name: str) -> str:
-        """The text in a column; "" where there is none."""
-        value = self.get(name, "")
-        if not isinstance(value, str):
-            raise Refusal("wrong_type", f"{name} is {kind_of(value)}, not text")
-        return clean(value, self.mends)
-
-    def content(self, value: Any, name: str) -> Content:
-        """Text or messages."""
-        if isinstance(value, str):
-            return clean(value, self.mends)
-        if not isinstance(value, (list, dict)):
-            raise Refusal("wrong_type", f"{name} is {kind_of(value)}, not text or messages")
-        return messages(value, name, self.mends)
-
-    def turns(self, name: str) -> tuple[Message, ...]:
-        """The messages in a column."""
-        return messages(self[name], name, self.mends)
-
-    def require(self, *names: str) -> None:
-        """Refuse a row that lacks one of these columns."""
-        missing = [name for name in names if name not in self]
-        if missing:
-            raise Refusal("missing_columns", f"no {' and '.join(missing)}; the row has {self.columns()}")
-
-    def columns(self) -> str:
-        """The row's columns, for people."""
-        names = [repr(n) for n in self._values if n in self]
-        return (", ".join(names[:8]) + (", ..." if len(names) > 8 else "")) or "no column"
-
-    @property
-    def weight(self) -> float:
-        """The row's weight, 1 by default."""
-        return self._number("weight", 1.0, math.inf, "a number of at least 0")
-
-    @property
-    def probability(self) -> float:
-        """A judge's probability that the chosen completion is the better one, or a label right; 1 by default."""
-        return self._number("probability", 1.0, 1.0, "a number from 0 to 1")
-
-    @property
-    def margin(self) -> float:
-        """By how much the chosen completion is the better one; 0 by default."""
-        return self._number("margin", 0.0, math.inf, "a number of at least 0")
-
-    def _number(self, name: str, default: float, most: float, expected: str) -> float:
-        if name not in self:
-            return default
-        value = self[name]
-        try:
-            number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
-        except (ValueError, OverflowError):
-            number = math.nan
-        if not (math.isfinite(number) and 0 <= number <= most):
-            raise Refusal("wrong_type", f"{name} is {value!r:.40}, not {expected}")
-        return number
-
-    @property
-    def label(self) -> bool:
-        """The row's label as true or false."""
-        value = self["label"]
-        found = _TRUTH.get(str(value).strip().lower())
-        if found is None:
-            raise Refusal("wrong_type", f"label is {value!r:.40}, not true or false")
-        return found
-
-
 def parse_row(values: Any, source: Source) -> Parsed:
     """A record from one row, given under our column names."""
     row = Row(values)
@@ -177,7 +84,8 @@ def _record(row: Row, source: Source) -> Record:
         sides = _with_system(row, sides)
         _check(sides)
         told = (row.weight, row.probability, row.margin)
-        return Comparison(sides.prompt, sides.completions[0], sides.completions[1], source, *told)
+        cut = row.cut("chosen_finish", "rejected_finish")
+        return Comparison(sides.prompt, sides.completions[0], sides.completions[1], source, *told, cut)
     if "completions" in row:
         sides = _with_system(row, _ranked(row))
         _check(sides)
@@ -185,9 +93,10 @@ def _record(row: Row, source: Source) -> Record:
     rated = "label" in row and any(name in row for name in ("completion", "messages", "conversations", "output"))
     sides = _with_system(row, _single(row, rated))
     _check(sides, ends=rated)
+    cut = row.cut("finish")
     if rated:
-        return Rating(sides.prompt, sides.completions[0], row.label, source, row.weight, row.probability)
-    return Demonstration(sides.prompt, sides.completions[0], source, row.weight)
+        return Rating(sides.prompt, sides.completions[0], row.label, source, row.weight, row.probability, cut)
+    return Demonstration(sides.prompt, sides.completions[0], source, row.weight, cut)
 
 
 def pair_sides(row: Row) -> _Sides:

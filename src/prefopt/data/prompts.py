@@ -4,8 +4,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from prefopt.data.audit import Audit, Refusal
-from prefopt.data.formats import Row, alpaca_prompt, pair_sides, transcript_prompt
+from prefopt.data.formats import alpaca_prompt, pair_sides, transcript_prompt
 from prefopt.data.group import CompletionGroup
+from prefopt.data.row import Row
 from prefopt.data.tokenize import Renderer
 from prefopt.data.turns import is_transcript
 from prefopt.records import Content, Message, Source

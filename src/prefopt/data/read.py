@@ -8,8 +8,9 @@ from typing import Any
 
 from prefopt.data.audit import Audit, Refusal
 from prefopt.data.files import ACCEPTED, MAX_DEPTH, RawRow, file_rows, is_data_file, table_rows
-from prefopt.data.formats import COLUMNS, RECOGNISED, Row, parse_row
+from prefopt.data.formats import COLUMNS, RECOGNISED, parse_row
 from prefopt.data.prompts import Prompt, prompt_of
+from prefopt.data.row import Row
 from prefopt.data.spool import Records, Seen, identity
 from prefopt.errors import ConfigError, DataError
 from prefopt.records import Content, Record, Source

@@ -244,6 +244,8 @@ class Renderer:
             if len(made) > 1 or not made[0]:
                 raise Refusal("empty_prompt", "the model has no start-of-text token to predict the first token from")
             prompt, made = [made[0][0][0]], [made[0][1:]]
+        for number in np.flatnonzero(record.cut):
+            made[number] = self._without_end(made[number])
         return CompletionGroup(
             np.array(prompt, dtype=np.int32),
             tuple(
@@ -252,9 +254,15 @@ class Renderer:
             ),
             record.source,
             record.weight,
+            truncated=any(record.cut),
             label=_label(record),
             margin=record.margin if isinstance(record, Comparison) else 0.0,
         )
+
+    def _without_end(self, completion: list[tuple[int, bool]]) -> list[tuple[int, bool]]:
+        """What stands before the last token that ends a turn or a text."""
+        ends = [place for place, (token, _) in enumerate(completion) if token in self.stop_ids]
+        return completion[: ends[-1]] if ends else completion
 
     def _completion(
         self, text: str, prompt: list[int], completion: tuple[Piece, ...], encoded: Iterator[list[int]]

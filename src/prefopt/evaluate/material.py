@@ -15,9 +15,11 @@ from prefopt.config.frontier import PromptsConfig
 from prefopt.data.audit import Audit
 from prefopt.data.read import read_prompts, read_records
 from prefopt.errors import DataError, RunError
+from prefopt.evaluate.sampled import pair_columns
 from prefopt.model.load import load_tokenizer
 from prefopt.records import Content, Demonstration, Message
 from prefopt.run import file_sha256, write_atomically
+from prefopt.sampling.completions import Completed
 
 __all__ = ["PromptFiles", "all_pairs", "as_json_lines", "make_prompts", "read_back"]
 
@@ -69,16 +71,16 @@ def read_back(file: Path) -> list[Content]:
 
 
 def all_pairs(
-    prompts: Sequence[Content], texts: Sequence[Sequence[str]], rewards: Float64[np.ndarray, "prompts samples"]
+    prompts: Sequence[Content], drawn: Sequence[Sequence[Completed]], rewards: Float64[np.ndarray, "prompts samples"]
 ) -> list[dict[str, Any]]:
     """Every pair of different samples of a prompt, the one of more reward chosen; ties are left out."""
     rows = []
-    for prompt, group, scores in zip(prompts, texts, rewards.tolist(), strict=True):
-        distinct = dict(zip(group, scores, strict=True))
-        for one, other in combinations(distinct, 2):
-            if distinct[one] != distinct[other]:
-                chosen, rejected = (one, other) if distinct[one] > distinct[other] else (other, one)
-                rows.append({"prompt": _plain(prompt), "chosen": chosen, "rejected": rejected})
+    for prompt, group, scores in zip(prompts, drawn, rewards.tolist(), strict=True):
+        distinct = {sample.text: (sample, score) for sample, score in zip(group, scores, strict=True)}
+        for (one, mine), (other, theirs) in combinations(distinct.values(), 2):
+            if mine != theirs:
+                chosen, rejected = (one, other) if mine > theirs else (other, one)
+                rows.append({"prompt": _plain(prompt), **pair_columns(chosen, rejected)})
     return rows
 
 

@@ -77,7 +77,7 @@ def _sampled_pairs(config: FrontierConfig, seed: Seed, asked: PairsConfig) -> Pa
         settings = Settings(asked.max_new_tokens, seed=2 * seed.number)
         drawn = draw(LocalModel.of(bench.start), prompts, asked.samples, settings, "samples for pairs")
         rewards = reward_of_samples(bench.reward, prompts, drawn)
-        rows = all_pairs(prompts, [[sample.text for sample in group] for group in drawn], rewards)
+        rows = all_pairs(prompts, drawn, rewards)
         possible = len(prompts) * math.comb(asked.samples, 2)
         say(f"pairs: {len(rows):,} of {possible:,}; the others are ties or twice the same text")
         write_atomically(path, as_json_lines(rows))

@@ -13,7 +13,7 @@ from prefopt.rewards import Reward
 from prefopt.sampling.completions import Completed, Settings
 from prefopt.sampling.local import LocalCompleted, LocalModel
 
-__all__ = ["Comparison", "compare", "pairs_from_samples"]
+__all__ = ["Comparison", "compare", "pair_columns", "pairs_from_samples"]
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,17 @@ def pairs_from_samples(
         order = np.argsort(scores, kind="stable").tolist()
         worst, best = order[0], order[-1]
         if scores[worst] < scores[best]:
-            rows.append({"prompt": prompt, "chosen": group[best].text, "rejected": group[worst].text})
+            rows.append({"prompt": prompt, **pair_columns(group[best], group[worst])})
     return rows, len(prompts) - len(rows)
+
+
+def pair_columns(chosen: Completed, rejected: Completed) -> dict[str, str]:
+    """A pair as a row has it; what broke off at the length limit is marked, so that its end is not trained."""
+    row = {"chosen": chosen.text, "rejected": rejected.text}
+    for name, sample in (("chosen", chosen), ("rejected", rejected)):
+        if sample.finish == "length":
+            row[f"{name}_finish"] = "length"
+    return row
 
 
 def compare(

@@ -211,7 +211,9 @@ class _Selection:
             if isinstance(record, Comparison) and record.margin:
                 self._need(record, (), f"margin {record.margin:g}", "no margin, or `prefopt reward`, which has one")
             if isinstance(record, Comparison) and self._over == "rankings":
-                record = Ranking(record.prompt, (record.chosen, record.rejected), record.source, record.weight)
+                record = Ranking(
+                    record.prompt, (record.chosen, record.rejected), record.source, record.weight, record.cut
+                )
             if not isinstance(record, _RECORDS[self._over]):
                 raise self._other(record)
             if record.weight != 1:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -170,7 +170,7 @@ def _compared(records: Iterable[Record]) -> Iterator[Record]:
                 expected="pairs (chosen, rejected) or rankings (completions, the best first, or with scores)",
                 todo="Demonstrations go to `prefopt sft`, rated completions to `prefopt dpo --loss kto`.",
             )
-        yield record
+        yield replace(record, cut=())  # a score is of a completion with its end: the same in training
 
 
 def _normalize(

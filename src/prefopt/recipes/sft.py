@@ -101,7 +101,7 @@ def _demonstrations(records: Iterable[Record]) -> Iterator[Record]:
             )
         if isinstance(record, Comparison):
             pairs += 1
-            record = Demonstration(record.prompt, record.chosen, record.source, record.weight)
+            record = Demonstration(record.prompt, record.chosen, record.source, record.weight, record.cut[:1])
         if isinstance(record, Ranking):
             record = Demonstration(record.prompt, record.completions[0], record.source, record.weight)
         yield record
