@@ -3,18 +3,18 @@
 import io
 import os
 import pty
-import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from prefopt.data.tokenize import Renderer
 from prefopt.errors import ConfigError, DataError
+from prefopt.records import Message
 from prefopt.serve.chat import _Collected, chat
 from tiny import save_tiny_model
 
@@ -37,6 +37,20 @@ def chatty(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM.from_pretrained(folder).save_pretrained(path)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = _TEMPLATE
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def endless(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has no token to end with, and room for more than anybody waits for."""
+    path = tmp_path_factory.mktemp("endless") / "model"
+    model = LlamaForCausalLM.from_pretrained(folder)
+    model.config.max_position_embeddings = 10**7
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    model.save_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = None
     tokenizer.save_pretrained(path)
     return path
 
@@ -110,41 +124,58 @@ def test_an_answer_ends_where_the_next_turn_begins(folder: Path, capsys: pytest.
     assert not bool(whole(torch.zeros(1, 2, dtype=torch.long), None).any())
 
 
-def _read_until(terminal: int, wanted: str, limit: float = 120) -> str:
-    text, end = "", time.monotonic() + limit
+def test_ctrl_c_before_the_first_token_stops_that_answer_only(
+    chatty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[list[str]] = []
+    prompt_ids = Renderer.prompt_ids
+
+    def interrupted_once(self: Renderer, turns: tuple[Message, ...]) -> object:
+        asked.append([turn.role for turn in turns])
+        if len(asked) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return prompt_ids(self, turns)
+
+    monkeypatch.setattr(Renderer, "prompt_ids", interrupted_once)
+    try:
+        out, said = talk(chatty, "What\nWho\n", monkeypatch, capsys)
+    except KeyboardInterrupt:  # which would end the tests
+        pytest.fail("it left the conversation")
+    assert said.count("(stopped)") == 1
+    assert out.startswith("\n") and len(out) == 5  # nothing, then three letters: an end of line after each
+    assert asked == [["user"], ["user", "assistant", "user"]]
+
+
+def _read_until(terminal: int, wanted: str) -> str:
+    """What the terminal shows up to `wanted`, however long that takes; fails if the other side leaves before."""
+    text = ""
     while wanted not in text:
-        assert time.monotonic() < end, f"no {wanted!r} in {text!r}"
-        if select.select([terminal], [], [], 0.2)[0]:
+        try:
             text += os.read(terminal, 4096).decode(errors="replace")
+        except OSError:
+            pytest.fail(f"it left without {wanted!r}: {text!r}")
     return text
 
 
-def test_ctrl_c_stops_an_answer_then_leaves(folder: Path) -> None:
-    endless = "\n".join(
-        [
-            "from prefopt.failure import exit_code",
-            "from prefopt.serve import chat as room",
-            "room.max_positions = lambda config: None",  # an answer without end
-            "import sys; sys.exit(exit_code(lambda: room.chat(sys.argv[1], system=None, temperature=1.0,",
-            "    max_new_tokens=10**6, seed=0, template='auto'), [], {}))",
-        ]
-    )
+def test_ctrl_c_stops_an_answer_then_leaves(endless: Path) -> None:
     terminal, inside = pty.openpty()
+    arguments = ("chat", str(endless), "--max-new-tokens", "1000000", "--temperature", "1", "--seed", "0")
     process = subprocess.Popen(
-        [sys.executable, "-c", endless, str(folder)], stdin=inside, stdout=inside, stderr=inside, close_fds=True
+        [sys.executable, "-m", "prefopt", *arguments], stdin=inside, stdout=inside, stderr=inside, close_fds=True
     )
     os.close(inside)
     try:
         _read_until(terminal, "> ")
         os.write(terminal, b"How is x\n")
         _read_until(terminal, "How is x\r\n")
-        assert select.select([terminal], [], [], 60)[0]  # it has begun to write
+        assert os.read(terminal, 1)  # the answer has begun, and has no end
         process.send_signal(signal.SIGINT)
-        _read_until(terminal, "(stopped)")
+        _read_until(terminal, "(stopped)\r\n> ")
         os.write(terminal, b"/help\n")
-        assert "/reset" in _read_until(terminal, "stops an answer")
+        assert "/reset" in _read_until(terminal, "stops an answer\r\n> ")
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        _read_until(terminal, "interrupted")
+        assert process.wait() == 130
     finally:
         process.kill()
         process.wait()

@@ -1,7 +1,6 @@
 """Talk to a model in the terminal, or pipe prompts in."""
 
 import sys
-from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -108,16 +107,24 @@ class _Talk:
         self.turns: list[Message] = []
 
     def answer(self, line: str) -> None:
-        """Write the answer to `line` on stdout, token by token; Ctrl-C ends it where it is."""
-        if not self.conversation:
-            self._generate(self._fitting(lambda: self.renderer.prompt_ids(line)))
-            return
-        self.turns.append(Message("user", line))
-        ids = self._fitting(lambda: self.renderer.prompt_ids((*self.system, *self.turns)))
-        self.turns.append(Message("assistant", self._generate(ids)))
+        """Write the answer to `line` on stdout, token by token; Ctrl-C ends it where it is, even before the first."""
+        stream = _Collected(self.loaded.tokenizer, self.next_turn)
+        if self.conversation:
+            self.turns.append(Message("user", line))
+        try:
+            self._generate(self._fitting(line), stream)
+        except KeyboardInterrupt:
+            stream.end()  # type: ignore[no-untyped-call]
+            say("(stopped)")
+        if self.conversation:
+            self.turns.append(Message("assistant", stream.text))
 
-    def _fitting(self, render: Callable[[], Int32[np.ndarray, " tokens"]]) -> Int32[np.ndarray, " tokens"]:
+    def _fitting(self, line: str) -> Int32[np.ndarray, " tokens"]:
         """The prompt's ids; the oldest turns are dropped, and that is said, until it leaves room for an answer."""
+
+        def render() -> Int32[np.ndarray, " tokens"]:
+            return self.renderer.prompt_ids((*self.system, *self.turns) if self.conversation else line)
+
         room = None if self.limit is None else self.limit - min(self.max_new_tokens, self.limit // 4)
         ids = render()
         while room is not None and len(ids) > room:
@@ -129,7 +136,7 @@ class _Talk:
             ids = render()
         return ids
 
-    def _generate(self, ids: Int32[np.ndarray, " tokens"]) -> str:
+    def _generate(self, ids: Int32[np.ndarray, " tokens"], stream: "_Collected") -> None:
         prompt = torch.from_numpy(ids.astype(np.int64))[None].to(self.loaded.model.device)
         room = self.max_new_tokens if self.limit is None else min(self.max_new_tokens, self.limit - len(ids))
         sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
@@ -139,20 +146,14 @@ class _Talk:
             pad_token_id=0,
             **(sampling if self.temperature > 0 else {"do_sample": False}),
         )
-        stream = _Collected(self.loaded.tokenizer, self.next_turn)
-        try:
-            with own_distribution(self.loaded.model):
-                self.loaded.model.generate(  # type: ignore[operator]
-                    prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    generation_config=config,
-                    streamer=stream,
-                    stopping_criteria=StoppingCriteriaList([stream]),
-                )
-        except KeyboardInterrupt:
-            stream.end()  # type: ignore[no-untyped-call]
-            say("(stopped)")
-        return stream.text
+        with own_distribution(self.loaded.model):
+            self.loaded.model.generate(  # type: ignore[operator]
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                generation_config=config,
+                streamer=stream,
+                stopping_criteria=StoppingCriteriaList([stream]),
+            )
 
 
 class _Collected(TextStreamer, StoppingCriteria):
