@@ -20,8 +20,9 @@ from cyclopts.exceptions import (
 )
 
 from prefopt.errors import ConfigError, PrefoptError
+from prefopt.run import RunFolder, unfinished
 
-__all__ = ["disk_full", "exit_code"]
+__all__ = ["disk_full", "exit_code", "interrupted"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_TEXTS = ("No space left on device", "database or disk is full", "Disk quota exceeded")
@@ -43,8 +44,8 @@ def exit_code(run: Callable[[], object], tokens: Sequence[str], commands: Mappin
         code = _attempt(run, tokens, commands)
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         _drop_output()  # whoever read it has left
@@ -89,6 +90,18 @@ def _fail(error: PrefoptError, tokens: Sequence[str]) -> int:
         fields = ("what", "where", "got", "expected", "todo")
         print(json.dumps({"error": {name: getattr(error, name) for name in fields}}, ensure_ascii=False))
     return 2
+
+
+def interrupted(path: Path | None) -> KeyboardInterrupt:
+    """Ctrl-C, with how to go on where it leaves a run unfinished.
+
+    Args:
+        path: What the command was making; None: nothing.
+    """
+    if path is None or not unfinished(path):
+        return KeyboardInterrupt()
+    when = "" if RunFolder(path).stepped else " before the first step"
+    return KeyboardInterrupt(f"interrupted{when}; go on with: prefopt resume {path}")
 
 
 def disk_full(error: Exception, path: Path | None) -> PrefoptError | None:

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from prefopt.errors import ConfigError
-from prefopt.failure import disk_full
+from prefopt.failure import disk_full, interrupted
 from prefopt.parse import flag_of, parse_config
 
 __all__ = ["with_flags_of"]
@@ -54,10 +54,13 @@ def with_flags_of(
                 if flags.get(mapping) is not None:
                     flags[mapping] = _pairs(mapping, flags[mapping], example)
             config = parse_config(kind, None if path is None else Path(path), flags)
+            made = getattr(config, "out", None) or getattr(config, "run", None)
             try:
                 command(config, as_json)
+            except KeyboardInterrupt as error:
+                raise interrupted(made) from error
             except Exception as error:  # a full disk has as many names as there are libraries that write
-                full = disk_full(error, getattr(config, "out", None) or getattr(config, "run", None))
+                full = disk_full(error, made)
                 if full is None:
                     raise
                 raise full from error

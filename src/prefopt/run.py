@@ -27,6 +27,7 @@ __all__ = [
     "file_sha256",
     "read_lines",
     "sync_folder",
+    "unfinished",
     "write_atomically",
 ]
 
@@ -92,7 +93,7 @@ class RunFolder:
         """Raise RunError if anything stands at `path`; cheap, so recipes ask before they load a model."""
         if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
             return
-        if (path / "manifest.json").exists() and _unfinished(RunFolder(path)):
+        if unfinished(path):
             todo = f"Go on with it by `prefopt resume {path}`, or choose another --out."
         else:
             todo = "Choose another --out; nothing is ever written over."
@@ -199,6 +200,11 @@ class RunFolder:
         return self.path / "model"
 
     @property
+    def stepped(self) -> bool:
+        """Whether an optimiser step has begun."""
+        return any(event["event"] == "rows" for event in self.events())
+
+    @property
     def finished(self) -> bool:
         """Whether the model has been saved."""
         return any(event["event"] == "finished" for event in self.events())
@@ -294,9 +300,10 @@ def _check(path: Path, read: Callable[[], object], kind: type) -> None:
     )
 
 
-def _unfinished(run: RunFolder) -> bool:
+def unfinished(path: Path) -> bool:
+    """Whether a run stands at `path` that `prefopt resume` can go on with."""
     try:
-        return not run.finished
+        return (path / "manifest.json").exists() and not RunFolder(path).finished
     except RunError:  # damaged records: nothing to promise
         return False
 

@@ -11,6 +11,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoModelForCausalLM
 
 from commands import close, metrics, prefopt, rows_by_step, start, wait_for_step, weights
+from prefopt.run import RunFolder
 from tiny import save_tiny_model, write_pairs
 
 
@@ -89,6 +90,25 @@ def test_interrupted_and_resumed_equals_uninterrupted(inputs: Path, tmp_path: Pa
     name = "adapter_model.safetensors" if "--lora-rank" in more else "model.safetensors"
     assert (run / "model" / name).read_bytes() == (tmp_path / "whole" / "model" / name).read_bytes()
     assert rows_by_step(run) == rows_by_step(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("recipe", ["sft", "dpo"])
+def test_interrupted_as_soon_as_there_is_a_run_folder(inputs: Path, tmp_path: Path, recipe: str) -> None:
+    run = tmp_path / "run"
+    lock = RunFolder.lock
+
+    def lock_and_interrupt(self: RunFolder) -> None:
+        lock(self)
+        signal.raise_signal(signal.SIGINT)
+
+    data = ("--model", str(inputs / "model"), "--data", str(inputs / "pairs.jsonl"), "--out", str(run))
+    arguments = ("sft", *data, "--max-steps", "2") if recipe == "sft" else (*dpo(inputs, run), "--max-steps", "2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "lock", lock_and_interrupt)
+        told = prefopt(*arguments, cache=tmp_path, expect=130).stderr.splitlines()
+    assert told[-1] == f"interrupted before the first step; go on with: prefopt resume {run}"
+    prefopt("resume", str(run), cache=tmp_path)
+    assert RunFolder(run).finished
 
 
 def test_a_run_is_what_was_promised(inputs: Path, tmp_path: Path) -> None:

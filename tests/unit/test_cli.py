@@ -18,6 +18,7 @@ from prefopt.errors import DataError
 from prefopt.failure import exit_code
 from prefopt.flags import with_flags_of
 from prefopt.parse import flag_of
+from prefopt.run import RunFolder
 
 COMMANDS = ["quickstart", "check", "sft", "dpo", "reward", "ppo", "resume", "score", "evaluate", "chat", "merge"]
 COMMANDS += ["evaluate best-of", "evaluate frontier"]
@@ -264,6 +265,30 @@ def test_a_forbidden_place_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "file").write_text("")
     assert exit_code(lambda: (tmp_path / "file" / "run").mkdir(), [], {}) == 2
     assert f"where:    {tmp_path / 'file' / 'run'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("events", "told"),
+    [
+        (None, "interrupted"),  # no run there
+        (["started"], "interrupted before the first step; go on with: prefopt resume {run}"),
+        (["started", "rows"], "interrupted; go on with: prefopt resume {run}"),
+        (["started", "rows", "finished"], "interrupted"),
+    ],
+)
+def test_ctrl_c_says_how_to_go_on(
+    events: list[str] | None, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def body(config: QuickstartConfig, as_json: bool) -> None:
+        if events is not None:
+            made = RunFolder.create(config.out, recipe="dpo", config=config, manifest={})
+            for event in events:
+                made.event(event, step=0)
+        raise KeyboardInterrupt
+
+    command = with_flags_of(QuickstartConfig)(body)
+    assert exit_code(lambda: command(out=str(tmp_path / "run")), [], {}) == 130
+    assert capsys.readouterr().err == told.format(run=tmp_path / "run") + "\n"
 
 
 def test_bugs_keep_their_traceback_and_other_endings_their_code(capsys: pytest.CaptureFixture[str]) -> None:
