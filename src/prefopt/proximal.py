@@ -126,8 +126,10 @@ class Proximal:
     def lesson(self, rollout: Rollout) -> Lesson:
         """Rewards of tokens, whitened if asked for; advantages, whitened; returns."""
         config, counts = self.config, rollout.token_counts
-        scores = torch.from_numpy(rollout.rewards).to(counts.device)
-        scores = (scores - float(self.kept["reward_mean"])) / float(self.kept["reward_sd"])
+        # A new tensor: what is logged stays the reward's own.
+        scores = (torch.tensor(rollout.rewards, device=counts.device) - self.kept["reward_mean"].item()) / float(
+            self.kept["reward_sd"]
+        )
         if config.missing_eos_reward is not None:
             scores[torch.from_numpy(~rollout.finished)] = config.missing_eos_reward
         rewards = token_rewards(
