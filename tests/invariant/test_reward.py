@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from commands import close, metrics, prefopt, rows_by_step, start, wait_for_step
 from prefopt.model.reward import load_reward_model
+from runs import close, metrics, prefopt, rows_by_step, start, wait_for_step
 from tiny import save_tiny_model, write_pairs
 
 

@@ -10,8 +10,8 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoModelForCausalLM
 
-from commands import close, metrics, prefopt, rows_by_step, start, wait_for_step, weights
 from prefopt.run import RunFolder
+from runs import close, events, metrics, prefopt, rows_by_step, start, wait_for_step, weights
 from tiny import save_tiny_model, write_pairs
 
 
@@ -43,8 +43,7 @@ def test_micro_batches_change_nothing(inputs: Path, tmp_path: Path) -> None:
 def test_the_token_budget_is_found_once_and_kept(inputs: Path, tmp_path: Path) -> None:
     done = prefopt(*dpo(inputs, tmp_path / "auto"), cache=tmp_path)
     assert "tokens a micro-batch (auto" in done.stderr
-    events = [json.loads(line) for line in (tmp_path / "auto" / "events.jsonl").read_text().splitlines()]
-    (found,) = [event for event in events if event["event"] == "budget"]
+    (found,) = events(tmp_path / "auto", "budget")
     asked = str(found["tokens"])
     done = prefopt(*dpo(inputs, tmp_path / "asked", "--tokens-per-batch", asked), cache=tmp_path)
     assert "(auto" not in done.stderr

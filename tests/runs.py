@@ -1,4 +1,4 @@
-"""The command line as tests use it, and what they read from a run folder."""
+"""Runs through the command line, and what they leave behind."""
 
 import io
 import json
@@ -18,7 +18,10 @@ from safetensors.torch import load_file
 
 from prefopt.cli import main
 
-TIMING = {"tokens_per_second", "pairs_per_second", "rows_per_second", "peak_memory_bytes"}
+TIMING = {
+    *("tokens_per_second", "pairs_per_second", "rows_per_second", "prompts_per_second"),
+    "peak_memory_bytes",
+}
 
 
 @dataclass
@@ -45,24 +48,6 @@ def environment(cache: Path) -> dict[str, str]:
     return {**os.environ, "PREFOPT_CACHE": str(cache), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def metrics(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return dict(load_file(run / "model" / "model.safetensors"))
-
-
-def close(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]], tolerance: float) -> None:
-    assert len(a) == len(b)
-    for one, other in zip(a, b, strict=True):
-        assert one.keys() == other.keys()
-        for name, value in one.items():
-            expected = value if isinstance(value, str) else pytest.approx(value, rel=tolerance, abs=tolerance)
-            assert other[name] == expected, name
-
-
 def start(arguments: Sequence[str], cache: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command(*arguments), env=environment(cache), stderr=subprocess.DEVNULL)
 
@@ -77,11 +62,33 @@ def wait_for_step(run: Path, process: subprocess.Popen[bytes], step: int) -> Non
     raise AssertionError("the run never reached the step")
 
 
+def metrics(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+
+
 def metrics_so_far(run: Path) -> list[dict[str, Any]]:
     text = (run / "metrics.jsonl").read_text()
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
+def events(run: Path, name: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return [event for event in found if event["event"] == name]
+
+
 def rows_by_step(run: Path) -> dict[int, list[str]]:
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    return {e["step"]: e["rows"] for e in events if e["event"] == "rows"}
+    return {e["step"]: e["rows"] for e in events(run, "rows")}
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return dict(load_file(run / "model" / "model.safetensors"))
+
+
+def close(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]], tolerance: float) -> None:
+    assert len(a) == len(b)
+    for one, other in zip(a, b, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            expected = value if isinstance(value, str) else pytest.approx(value, rel=tolerance, abs=tolerance)
+            assert other[name] == expected, name
