@@ -28,7 +28,7 @@ from prefopt.model.load import LoadedModel
 from prefopt.model.logprobs import Path, plain_model, target_hidden
 from prefopt.model.policy import make_policy
 from prefopt.model.statistics import target_statistics
-from prefopt.model.values import ValueModel, value_model
+from prefopt.model.values import ValueModel
 from prefopt.records import Content, Source
 from prefopt.rewards import Reward
 from prefopt.rollout import Rollout, Scores, collect
@@ -72,12 +72,15 @@ class Proximal:
         loaded: LoadedModel,
         reference: LoadedModel,
         path: Path,
+        reference_path: Path,
+        value: ValueModel,
         renderer: Renderer,
         reward: Reward,
         contents: Mapping[Source, Content],
         steps: int,
     ) -> None:
-        self.config, self.run, self.path = config, run, path
+        self.config, self.run = config, run
+        self.path, self.reference_path = path, reference_path
         self.renderer, self.reward, self.contents = renderer, reward, contents
         # Samples are new in every step, so the reference stays in memory: as a model of its own, or under
         # an adapter that is switched off.
@@ -86,7 +89,7 @@ class Proximal:
             self.frozen = reference.model.requires_grad_(False)
         elif config.lora_rank is None:
             self.frozen = copy.deepcopy(loaded.model).requires_grad_(False)
-        self.value: ValueModel = value_model(config, loaded, steps)
+        self.value = value
         self.policy = make_policy(loaded.model, config, steps=steps)
         self.networks = torch.nn.ModuleDict({"policy": self.policy, "value": self.value})
         self.kept = {
@@ -112,15 +115,15 @@ class Proximal:
         own = target_statistics(head, target_hidden(self.policy, batch, self.path), batch.targets, entropy=True)
         assert own.entropy is not None
         if self.frozen is not None:
-            reference = self._logprobs(self.frozen, batch)
+            reference = self._logprobs(self.frozen, batch, self.reference_path)
         else:
             with self.policy.disable_adapter():  # type: ignore[operator]
-                reference = self._logprobs(self.policy, batch)
-        return Scores(own.logprob, reference, own.entropy, self.value(batch, self.path))
+                reference = self._logprobs(self.policy, batch, self.path)
+        return Scores(own.logprob, reference, own.entropy, self.value(batch))
 
-    def _logprobs(self, model: torch.nn.Module, batch: PackedBatch) -> Float[Tensor, " targets"]:
+    def _logprobs(self, model: torch.nn.Module, batch: PackedBatch, path: Path) -> Float[Tensor, " targets"]:
         head = head_of(plain_model(model)).tempered(self.config.temperature)
-        logprobs: Tensor = target_logprobs(head, target_hidden(model, batch, self.path), batch.targets)
+        logprobs: Tensor = target_logprobs(head, target_hidden(model, batch, path), batch.targets)
         return logprobs
 
     def lesson(self, rollout: Rollout) -> Lesson:
@@ -148,7 +151,7 @@ class Proximal:
     def loss(self, batch: PackedBatch, rollout: Rollout, lesson: Lesson) -> LossTotal:
         """The clipped losses of a micro-batch of the rollout's groups."""
         at, config = rollout.targets_of(batch), self.config
-        logprobs, old = self._logprobs(self.policy, batch), rollout.scores.logprobs[at]
+        logprobs, old = self._logprobs(self.policy, batch, self.path), rollout.scores.logprobs[at]
         if lesson.first:
             lesson.farthest.append((logprobs.detach() - old).abs().max())
         tokens = torch.tensor([_tokens(group) for group in batch.groups], device=at.device)
@@ -156,7 +159,7 @@ class Proximal:
             logprobs=logprobs,
             old_logprobs=old,
             advantages=lesson.advantages[at],
-            values=self.value(batch, self.path),
+            values=self.value(batch),
             old_values=rollout.scores.values[at],
             returns=lesson.returns[at],
             group_of_target=torch.repeat_interleave(tokens),
@@ -235,9 +238,14 @@ class Proximal:
         rollout = self._rollout(list(held_out), 1, [self.config.seed, 0], tokens_per_batch)
         return {**rollout.metrics(), "prompts": len(held_out)}
 
-    def far(self, metrics: Mapping[str, Any]) -> bool:
-        """Whether the policy has gone as far from the reference as it may."""
-        return self.config.max_kl is not None and metrics["kl"] > self.config.max_kl
+    def far(self, metrics: Mapping[str, Any]) -> str | None:
+        """What there is to say where the policy has gone as far from the reference as it may."""
+        if self.config.max_kl is None or metrics["kl"] <= self.config.max_kl:
+            return None
+        return (
+            f"the KL to the reference is {metrics['kl']:.2f} nats a sample, beyond max_kl {self.config.max_kl:g}: "
+            "the run ends here; raise --kl-coef or lower --lr to go on for longer within it."
+        )
 
     def _shown(self, rollout: Rollout) -> list[dict[str, Any]]:
         """The first sample of some prompts, for people."""

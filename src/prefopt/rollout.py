@@ -64,7 +64,7 @@ class Rollout:
     scores: Scores
 
     @classmethod
-    def blank(cls, prompts: Sequence[CompletionGroup], config: PPOConfig) -> "Rollout":
+    def blank(cls, prompts: Sequence[CompletionGroup], config: PPOConfig, device: torch.device) -> "Rollout":
         """As large as rollouts get, and nothing in it: what a training step costs is tried out on it."""
         longest = np.argsort(-token_counts(prompts), kind="stable")[: config.batch_prompts]
         ids = np.zeros(config.max_new_tokens, dtype=np.int32)
@@ -77,9 +77,9 @@ class Rollout:
             texts=("",) * sequences,
             rewards=np.zeros(sequences),
             finished=np.zeros(sequences, dtype=bool),
-            token_counts=torch.full((sequences,), config.max_new_tokens),
+            token_counts=torch.full((sequences,), config.max_new_tokens, device=device),
             starts=np.arange(len(groups) + 1) * config.completions * config.max_new_tokens,
-            scores=Scores(*torch.zeros(4, targets)),
+            scores=Scores(*torch.zeros(4, targets, device=device)),
         )
 
     def targets_of(self, batch: PackedBatch) -> Int[Tensor, " targets"]:

@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 # Events of the run as a whole; all others belong to a step and are told again when it is done again.
-_HISTORY = frozenset({"started", "path", "budget", "saved", "interrupted", "resumed"})
+_HISTORY = frozenset({"started", "path", "budget", "saved", "interrupted", "resumed", "reward"})
 
 
 def file_sha256(path: Path) -> str:
@@ -246,7 +246,7 @@ class RunFolder:
         """Forget what lost steps recorded: everything at `step` or later but the run's own history.
 
         Called when a run resumes at `step`, which is then done again. History are the events started,
-        path, budget, saved, interrupted and resumed: they did happen.
+        path, budget, saved, interrupted, resumed and reward (another one): they did happen.
         """
         metrics = [m for m in self.metrics() if m["step"] < step]
         events = [e for e in self.events() if e["step"] < step or e["event"] in _HISTORY]

@@ -24,6 +24,7 @@ from prefopt.model.load import LoadedModel
 from prefopt.model.logprobs import Path as Way
 from prefopt.model.logprobs import plain_attention, plain_model
 from prefopt.model.sample import Sampled, sample
+from prefopt.model.values import value_model
 from prefopt.proximal import Proximal
 from prefopt.records import Content
 from prefopt.rewards import Reward
@@ -62,7 +63,8 @@ def learner(config: PPOConfig, architecture: str, path: Way) -> Proximal:
     run = RunFolder.create(config.out, recipe="ppo", config=config, manifest={})
     renderer, reward = Renderer(TOKENIZER, eos_ids=frozenset({1})), Reward("vowels", "", vowels)
     contents: dict[Any, Content] = {one.source: str(one.source) for one in groups()}
-    made = Proximal(config, run, mine, theirs, path, renderer, reward, contents, 1)
+    value = value_model(config, mine, path, 1)
+    made = Proximal(config, run, mine, theirs, path, path, value, renderer, reward, contents, 1)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         made.value.head.weight.copy_(0.1 * torch.randn(made.value.head.weight.shape, generator=generator))

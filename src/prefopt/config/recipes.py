@@ -163,6 +163,7 @@ class PPOConfig(PolicyConfig):
         int | None,
         Field(description="Longer prompts are refused, never cut; default: max_length less max_new_tokens.", ge=1),
     ] = None
+    max_steps: Annotated[int | None, Field(description="Stop after this many batches of samples.", ge=1)] = None
     batch_prompts: Annotated[int, Field(description="Prompts that are sampled from before each update.", ge=1)] = 64
     completions: Annotated[int, Field(description="Samples of each of those prompts.", ge=1)] = 4
     max_new_tokens: Annotated[int, Field(description="Longest sample, tokens.", ge=1)] = 64
@@ -219,8 +220,27 @@ class PPOConfig(PolicyConfig):
             raise ValueError("kl_coef 0 stays 0 whatever target_kl is: the controller multiplies it")
         if self.minibatches > self.batch_prompts:
             raise ValueError("minibatches must be at most batch_prompts: samples of a prompt stay together")
+        samples = self.batch_prompts * self.completions
+        if self.target_kl is not None and samples >= 5 * self.kl_horizon:
+            raise ValueError(f"kl_horizon must be above a fifth of a batch's {samples} samples, or kl_coef turns to 0")
         if self.max_length is not None and self.max_new_tokens >= self.max_length:
             raise ValueError("max_new_tokens must be below max_length, or no prompt fits")
+        if self.max_length and (self.max_prompt_length or 0) > self.max_length - self.max_new_tokens:
+            raise ValueError("max_prompt_length must leave max_new_tokens of max_length")
+        return self
+
+    @model_validator(mode="after")
+    def _no_ppo_option_without_effect(self) -> "PPOConfig":
+        if self.ppo_epochs == self.minibatches == 1:
+            for name in ("clip", "value_clip", "max_update_kl"):
+                if self._changed(name):
+                    raise ValueError(
+                        f"{name} does nothing with ppo_epochs 1 and minibatches 1: nothing moves before it"
+                    )
+        if self.value_coef == 0:
+            for name in ("value_clip", "value_lr"):
+                if self._changed(name):
+                    raise ValueError(f"{name} does nothing with value_coef 0")
         return self
 
 

@@ -54,20 +54,10 @@ def read_records(
         DataError: a source is missing, empty, damaged or of unknown kind; a mapped column is in no row.
     """
     mapping = _Mapping(columns or {})
-    if split and all(Path(source).is_file() for source in sources):
-        raise ConfigError(
-            "split does nothing here.", where="split", got=split, expected="a dataset folder or hub name to split"
-        )
     collected = _Collected(audit)
-    for name in sources:
-        found = 0
-        for source, raw in _rows(name, split, mapping):
-            found += 1
-            audit.row(source)
-            _take(source, raw, mapping, collected)
-        if not found:
-            raise DataError("There is no row in the data.", where=name, got="0 rows", expected="at least one row")
-    mapping.check_found(sources)
+    for source, raw in _all_rows(sources, split, mapping):
+        audit.row(source)
+        _take(source, raw, mapping, collected)
     audit.format = collected.format(mapping)
     collected.records.flush()
     return collected.records
@@ -87,23 +77,43 @@ def read_prompts(
     mapping = _Mapping(columns or {})
     layouts: Counter[str | None] = Counter()
     found: dict[Content, Prompt] = {}
-    for name in sources:
-        for source, raw in _rows(name, split, mapping):
-            audit.row(source)
-            if not _readable(source, raw, audit):
-                continue
-            row = Row(mapping.apply(raw.values))
-            try:
-                prompt = prompt_of(row, source)
-            except Refusal as refusal:
-                audit.refuse(source, refusal.reason, refusal.detail)
-                continue
-            layouts[row.layout] += 1
-            if found.setdefault(prompt.content, prompt) is not prompt:
-                audit.mend(source, "prompt_repeated", "every prompt is taken once")
-    mapping.check_found(sources)
+    for source, raw in _all_rows(sources, split, mapping):
+        audit.row(source)
+        if not _readable(source, raw, audit):
+            continue
+        row = Row(mapping.apply(raw.values))
+        try:
+            prompt = prompt_of(row, source)
+        except Refusal as refusal:
+            audit.refuse(source, refusal.reason, refusal.detail)
+            continue
+        layouts[row.layout] += 1
+        _tell_mends(source, row.mends, audit)
+        if found.setdefault(prompt.content, prompt) is not prompt:
+            audit.mend(source, "prompt_repeated", "every prompt is taken once")
     audit.format = "read as " + (" and as ".join(str(layout) for layout in layouts) or "nothing known")
     return list(found.values())
+
+
+def _all_rows(sources: Sequence[str], split: str | None, mapping: "_Mapping") -> Iterator[tuple[Source, RawRow]]:
+    """Rows of all sources; what is wrong with a source, the split or the mapping is raised on the way."""
+    if split and all(Path(source).is_file() for source in sources):
+        raise ConfigError(
+            "split does nothing here.", where="split", got=split, expected="a dataset folder or hub name to split"
+        )
+    for name in sources:
+        empty = True
+        for row in _rows(name, split, mapping):
+            empty = False
+            yield row
+        if empty:
+            raise DataError("There is no row in the data.", where=name, got="0 rows", expected="at least one row")
+    mapping.check_found(sources)
+
+
+def _tell_mends(source: Source, mends: Iterable[str], audit: Audit) -> None:
+    for reason in dict.fromkeys(mends):
+        audit.mend(source, reason, "each replaced by U+FFFD")
 
 
 def _readable(source: Source, raw: RawRow, audit: Audit) -> bool:
@@ -125,8 +135,7 @@ def _take(source: Source, raw: RawRow, mapping: "_Mapping", collected: "_Collect
     parsed = parse_row(mapping.apply(raw.values), source)
     collected.layouts[parsed.layout] += 1
     mapping.used.update(parsed.used)
-    for reason in parsed.mends:
-        collected.audit.mend(source, reason, "each replaced by U+FFFD")
+    _tell_mends(source, parsed.mends, collected.audit)
     if parsed.refusal:
         collected.audit.refuse(source, parsed.refusal.reason, parsed.refusal.detail)
     elif parsed.record:

@@ -22,11 +22,12 @@ class ValueModel(torch.nn.Module):
 
     Attributes:
         backbone: A transformers model, or peft's around one; its own head is not used.
+        path: How batches are laid out for it (`model.paths`).
     """
 
-    def __init__(self, backbone: torch.nn.Module, width: int) -> None:
+    def __init__(self, backbone: torch.nn.Module, width: int, path: Path) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.path = backbone, path
         plain = plain_model(backbone)
         unused = plain.get_output_embeddings()
         if unused is not None and unused.weight is not plain.get_input_embeddings().weight:
@@ -35,22 +36,25 @@ class ValueModel(torch.nn.Module):
         torch.nn.init.zeros_(self.head.weight)
         torch.nn.init.zeros_(self.head.bias)
 
-    def forward(self, batch: PackedBatch, path: Path) -> Float[Tensor, " targets"]:
+    def forward(self, batch: PackedBatch) -> Float[Tensor, " targets"]:
         """The value before each target of `batch`, in their order."""
-        hidden = target_hidden(self.backbone, batch, path)
+        hidden = target_hidden(self.backbone, batch, self.path)
         values: Tensor = self.head(hidden.float())[:, 0]
         return values
 
 
-def value_model(config: PPOConfig, loaded: LoadedModel, steps: int) -> ValueModel:
+def value_model(config: PPOConfig, loaded: LoadedModel, path: Path, steps: int) -> ValueModel:
     """A value model that starts as the policy does, or as the reward model, head included.
+
+    Args:
+        path: The policy's; a reward model has its own.
 
     Raises:
         ConfigError: the reward model reads other tokens than the policy.
     """
     if config.value_from == "policy":
         width = plain_model(loaded.model).get_output_embeddings().weight.shape[1]
-        return ValueModel(make_policy(copy.deepcopy(loaded.model), config, steps=steps), width)
+        return ValueModel(make_policy(copy.deepcopy(loaded.model), config, steps=steps), width, path)
     reward = load_reward_model(config.reward, dtype=loaded.model.dtype, device=loaded.model.device)
     if not loaded.tokenizer.get_vocab().items() <= reward.tokenizer.get_vocab().items():
         raise ConfigError(
@@ -62,7 +66,7 @@ def value_model(config: PPOConfig, loaded: LoadedModel, steps: int) -> ValueMode
         )
     head = reward.model.score
     assert isinstance(head, torch.nn.Linear)
-    value = ValueModel(make_policy(reward.model, config, steps=steps), head.weight.shape[1])
+    value = ValueModel(make_policy(reward.model, config, steps=steps), head.weight.shape[1], reward.path)
     head.requires_grad_(False)
     with torch.no_grad():
         value.head.weight.copy_(head.weight)

@@ -9,10 +9,11 @@ from prefopt.config import PPOConfig
 from prefopt.errors import ConfigError
 from prefopt.model.adapter import check_targets
 from prefopt.model.load import LoadedModel, load_reference
+from prefopt.model.values import value_model
 from prefopt.outcome import Sampler, finish
-from prefopt.progress import say
+from prefopt.progress import say, warn
 from prefopt.proximal import Proximal
-from prefopt.rewards import open_reward
+from prefopt.rewards import Reward, open_reward
 from prefopt.rollout import Rollout, first_samples
 from prefopt.run import RunFolder
 from prefopt.setup import (
@@ -49,19 +50,24 @@ def train(config: PPOConfig, resumed: RunFolder | None = None) -> RunFolder:
     prompts = read_prompt_groups(config, loaded.model, renderer, new_tokens=config.max_new_tokens)
     rows = split_rows(config, prompts.groups, prompts.audit)
     reference = load_reference(config.reference, loaded, dtype, device) if config.reference else loaded
-    made_of = {**manifest(config, loaded), "reference": reference.fingerprint, "reward": reward.fingerprint}
+    samples = first_samples(loaded.model, rows.train, renderer, config)
+    path = check_path(loaded.model, samples, device)
+    reference_path = path if reference is loaded else check_path(reference.model, samples, device)
+    steps = total_steps(config, len(rows.train), config.batch_prompts)
+    value = value_model(config, loaded, path.path, steps)
+    made_of = {**manifest(config, loaded), "reference": reference.fingerprint, "reward": _made_of(reward, resumed)}
     run = begin_run(config, "ppo", rows, made_of, resumed)
 
-    path = check_path(loaded.model, first_samples(loaded.model, rows.train, renderer, config), device)
     if resumed is None:
         run.event("path", step=0, path=path.path, reason=path.reason, max_difference=path.max_difference)
     sampler = Sampler.over(config, renderer, rows.held_out or rows.train)
     before = sampler.complete(loaded.model)
-    steps = total_steps(config, len(rows.train), config.batch_prompts)
-    learner = Proximal(config, run, loaded, reference, path.path, renderer, reward, prompts.contents, steps)
+    learner = Proximal(
+        config, run, loaded, reference, path.path, reference_path.path, value, renderer, reward, prompts.contents, steps
+    )
     health = begin_health(run, rows, None, resumed=resumed is not None)
 
-    blank = Rollout.blank(rows.train, config)
+    blank = Rollout.blank(rows.train, config, device)
     budget = training_budget(
         run,
         config.tokens_per_batch,
@@ -97,6 +103,15 @@ def train(config: PPOConfig, resumed: RunFolder | None = None) -> RunFolder:
     )
     finish(run, loaded, learner.policy, sampler, before, steps)
     return run
+
+
+def _made_of(reward: Reward, resumed: RunFolder | None) -> str:
+    """The reward's fingerprint in the manifest; a function may have been mended since the run stopped at it."""
+    if resumed is None or not reward.code or resumed.manifest.get("reward") == reward.fingerprint:
+        return reward.fingerprint
+    warn(f"the file of {reward.name} has changed since the run started: from here on the new one is asked")
+    resumed.event("reward", step=0, name=reward.name, fingerprint=reward.fingerprint)
+    return str(resumed.manifest["reward"])
 
 
 def _say_tokenizer(theirs: str | None, loaded: LoadedModel, config: PPOConfig) -> None:

@@ -41,7 +41,8 @@ def function_reward(name: str) -> Reward:
         )
     file = Path(module.__file__) if module.__file__ else None
     source = file.read_bytes() if file else b""
-    return Reward(name, hashlib.sha256(name.encode() + b"\0" + source).hexdigest(), _guarded(name, function, file))
+    fingerprint = hashlib.sha256(name.encode() + b"\0" + source).hexdigest()
+    return Reward(name, fingerprint, _guarded(name, function, file), code=True)
 
 
 def _import(name: str, module: str) -> ModuleType:

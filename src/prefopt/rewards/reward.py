@@ -26,12 +26,14 @@ class Reward:
         function: (prompts, completions), one prompt a completion -> a number for each, as a list, an
             array or a tensor. What it gives is checked here.
         tokenizer_fingerprint: Of a reward model's tokenizer; None where there is none.
+        code: Whether it is a function of the user's, who may mend it while a run waits.
     """
 
     name: str
     fingerprint: str
     function: Callable[[Sequence[Content], Sequence[str]], object]
     tokenizer_fingerprint: str | None = None
+    code: bool = False
 
     def score(self, prompts: Sequence[Content], completions: Sequence[str]) -> Float64[np.ndarray, " completions"]:
         """A finite number for each completion.

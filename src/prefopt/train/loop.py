@@ -9,7 +9,8 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -52,9 +53,10 @@ class Objective:
         tokens_per_batch: Budget of a micro-batch.
         adam_eps: Of AdamW.
         lr_factors: Beginning of a parameter's name to what its learning rate is multiplied by.
-        several: Whether an update makes several optimiser steps: one that breaks off has moved some weights,
-            so the state is not saved then, and a resumption goes on from the last checkpoint.
-        enough: Whether the run ends with the step whose metrics these are.
+        several: Whether an update makes several optimiser steps: one that breaks off among them has moved some
+            weights, so the state is not saved then, and a resumption goes on from the last checkpoint. A reward
+            is asked before the first of them.
+        enough: Why the run ends with the step whose metrics these are; None: it goes on.
         prepare: Is given the rows of a training step before it is computed.
         learn: Is given the metrics of every training step, those before a resumption first.
         note: What the progress bar says of a step's metrics.
@@ -71,7 +73,7 @@ class Objective:
     adam_eps: float = 1e-8
     lr_factors: Mapping[str, float] = field(default_factory=dict)
     several: bool = False
-    enough: Callable[[Mapping[str, Any]], bool] = lambda _: False
+    enough: Callable[[Mapping[str, Any]], str | None] = lambda _: None
     prepare: Callable[[Sequence[CompletionGroup]], None] = lambda _: None
     learn: Callable[[Mapping[str, Any]], None] = lambda _: None
     note: Callable[[Mapping[str, Any]], str] = lambda metrics: f"loss {metrics['loss']:.4f}"
@@ -159,7 +161,8 @@ def fit(
                 _leave(run, step, steps, interruption.signal)
             if objective.evaluate and (step in evaluations or step == steps):
                 policy.eval()
-                _log(run, health, step, "eval", objective.evaluate())
+                with state.saved_on(step, RewardError):
+                    _log(run, health, step, "eval", objective.evaluate())
             if step == steps:
                 break
             order = rows_of_step(step, rows=len(groups), batch=objective.batch, seed=config.seed)
@@ -171,12 +174,8 @@ def fit(
             policy.train(training_mode)
             began = time.perf_counter()
             objective.prepare(rows)
-            try:
+            with state.saved_on(step, RewardError, *(() if objective.several else (NonFiniteError, MemoryFullError))):
                 result = objective.update(rows, optimizer, masters, budget)
-            except (NonFiniteError, MemoryFullError, RewardError):
-                if not objective.several:
-                    state.save(step)
-                raise
             seconds = time.perf_counter() - began
             if result.tokens_per_batch < budget:
                 budget = state.tokens_per_batch = result.tokens_per_batch
@@ -186,8 +185,10 @@ def fit(
             _log(run, health, step, "train", metrics)
             objective.learn(metrics)
             bar.advance(1, note=objective.note(metrics))
-            if objective.enough(metrics):
+            if why := objective.enough(metrics):
                 steps = step + 1
+                warn(why)
+                run.event("warned", step=step, kind="ended_early", sentence=why)
     return steps
 
 
@@ -276,6 +277,15 @@ class _State:
             keep=self.keep,
         )
         self.run.event("saved", step=step)
+
+    @contextmanager
+    def saved_on(self, step: int, *errors: type[Exception]) -> Iterator[None]:
+        """Save before one of `errors` ends the run."""
+        try:
+            yield
+        except errors:
+            self.save(step)
+            raise
 
     @torch.no_grad()
     def restore(self) -> int:
