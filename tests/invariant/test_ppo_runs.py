@@ -229,18 +229,15 @@ def test_the_value_model_has_its_own_learning_rate(tmp_path: Path) -> None:
 def save_reward_model(folder: Path, tokenizer: Any, pad: int) -> None:
     """As transformers itself saves a sequence classifier."""
     torch.manual_seed(3)
-    config = transformers.LlamaConfig(
-        **{**COMMON, "vocab_size": len(tokenizer), "pad_token_id": pad, "eos_token_id": tokenizer.eos_token_id},
-        num_labels=1,
-        bos_token_id=None,
-    )
+    own = {"vocab_size": len(tokenizer), "pad_token_id": pad, "eos_token_id": tokenizer.eos_token_id}
+    config = transformers.LlamaConfig(**{**COMMON, **own, "num_labels": 1, "bos_token_id": None})
     transformers.LlamaForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def test_a_reward_model_with_another_tokenizer(tmp_path: Path) -> None:
     theirs = byte_level("How", "Ġis", specials=("<|pad|>", "<|endoftext|>"))
-    save_reward_model(tmp_path / "rm", theirs, theirs.convert_tokens_to_ids("<|pad|>"))
+    save_reward_model(tmp_path / "rm", theirs, theirs.get_vocab()["<|pad|>"])
     arguments = ppo(tmp_path / "run", "--max-steps", "1", reward=str(tmp_path / "rm"))
     done = prefopt(*arguments, cache=tmp_path)
     assert "a tokenizer of its own" in done.stderr

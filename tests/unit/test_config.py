@@ -7,7 +7,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from prefopt.config import CheckConfig, DPOConfig, MergeConfig, RewardConfig, ScoreConfig, SFTConfig
+from prefopt.config import CheckConfig, DPOConfig, MergeConfig, PPOConfig, RewardConfig, ScoreConfig, SFTConfig
 from prefopt.errors import ConfigError
 from prefopt.parse import flag_of, parse_config
 
@@ -30,7 +30,13 @@ def refused(kind: type[BaseModel], file: Path | None = None, /, **flags: Any) ->
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("sft.yaml", SFTConfig), ("dpo.yaml", DPOConfig), ("dpo-lora.yaml", DPOConfig), ("reward.yaml", RewardConfig)],
+    [
+        ("sft.yaml", SFTConfig),
+        ("dpo.yaml", DPOConfig),
+        ("dpo-lora.yaml", DPOConfig),
+        ("reward.yaml", RewardConfig),
+        ("ppo.yaml", PPOConfig),
+    ],
 )
 def test_shipped_configurations_are_right(name: str, kind: type[BaseModel]) -> None:
     config = parse_config(kind, CONFIGS / name, {})
@@ -41,7 +47,8 @@ def test_shipped_configurations_are_right(name: str, kind: type[BaseModel]) -> N
 
 
 def test_every_shipped_configuration_is_tested() -> None:
-    assert {p.name for p in CONFIGS.glob("*.yaml")} == {"sft.yaml", "dpo.yaml", "dpo-lora.yaml", "reward.yaml"}
+    shipped = {"sft.yaml", "dpo.yaml", "dpo-lora.yaml", "reward.yaml", "ppo.yaml"}
+    assert {p.name for p in CONFIGS.glob("*.yaml")} == shipped
 
 
 def test_flags_win_over_the_file_and_the_rest_stays(tmp_path: Path) -> None:
@@ -209,3 +216,28 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert refused(SFTConfig, tmp_path).got == "Is a directory"
     (tmp_path / "latin.yaml").write_bytes(b"model: caf\xe9\n")
     assert "can't decode" in str(refused(SFTConfig, tmp_path / "latin.yaml").got)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"lora_rank": "4", "lora_dropout": "0.1"}, "lora_dropout cannot be had with ppo"),
+        ({"kl_horizon": "500"}, "kl_horizon does nothing without target_kl"),
+        ({"target_kl": "6", "kl_coef": "0"}, "kl_coef 0 stays 0"),
+        # 64 * 4 = 256 samples: 1 - 0.2 * 256 / 51 is below 0.
+        ({"target_kl": "6", "kl_horizon": "51"}, "kl_horizon must be above a fifth of a batch's 256 samples"),
+        ({"batch_prompts": "2", "minibatches": "3"}, "minibatches must be at most batch_prompts"),
+        ({"max_length": "64"}, "max_new_tokens must be below max_length"),
+        ({"max_length": "100", "max_prompt_length": "50"}, "max_prompt_length must leave max_new_tokens of max_length"),
+        ({"ppo_epochs": "1", "clip": "0.1"}, "clip does nothing with ppo_epochs 1 and minibatches 1"),
+        ({"ppo_epochs": "1", "max_update_kl": "0.1"}, "max_update_kl does nothing with ppo_epochs 1"),
+        ({"value_coef": "0", "value_lr": "1e-4"}, "value_lr does nothing with value_coef 0"),
+    ],
+)
+def test_what_does_not_go_together_in_ppo(flags: dict[str, str], said: str) -> None:
+    assert said in str(refused(PPOConfig, **GIVEN, reward="length:5", **flags))
+
+
+def test_what_goes_together_in_ppo() -> None:
+    flags = {"target_kl": "6", "kl_horizon": "52", "max_length": "100", "max_prompt_length": "36"}
+    assert parse_config(PPOConfig, None, {**GIVEN, "reward": "length:5", **flags}).kl_horizon == 52

@@ -192,3 +192,21 @@ def test_a_resumed_run_knows_what_came_before_and_repeats_nothing() -> None:
     said_before = Health()
     said_before.recall(lines[:2])
     assert told(said_before, [held_out(2, lengths_sampled=80.0)]) == []
+
+
+def test_samples_that_are_not_the_trained_models() -> None:
+    """The ratio at the first minibatch is 1; what rounding makes of it is not spoken of."""
+    near = [train(k, **{"ratio_first": 1.01, "reward": 1.0}) for k in range(3)]
+    assert told(Health(), near) == []
+    (warning,) = told(Health(), [train(0, ratio_first=1.0), train(1, ratio_first=1.5), train(2, ratio_first=2.0)])
+    assert (warning.kind, warning.step) == ("first_ratio", 1)
+    assert "up to 1.50 times what they were drawn with" in warning.sentence
+
+
+def test_ppo_is_told_of_its_own_settings() -> None:
+    # 30 nats on samples of 40 tokens: 0.75 a token. From 40 to 70 tokens: more than half as long again.
+    sampled = {"reward": 1.0, "lengths_sampled": 40.0}
+    (warning,) = told(Health(), [held_out(0, kl=0.0, **sampled), held_out(1, kl=30.0, **sampled)])
+    assert warning.kind == "kl_runaway" and "raise --kl-coef" in warning.sentence and "beta" not in warning.sentence
+    (warning,) = told(Health(), [held_out(0, kl=0.0, **sampled), held_out(1, kl=1.0, reward=2.0, lengths_sampled=70.0)])
+    assert warning.kind == "length_drift" and "beta" not in warning.sentence

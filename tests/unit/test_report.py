@@ -301,3 +301,25 @@ def test_a_long_run_is_averaged_and_says_so() -> None:
     assert panel.averaged == 10
     assert len(panel.svg) < 60_000
     assert "train ends at 1" in panel.svg  # the last step's own value, not a mean
+
+
+def test_a_ppo_run_shows_reward_its_price_and_its_samples(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", recipe="ppo", config=_Config(), manifest={"reward": "sha256:7"})
+    own = {"kl_coef": 0.05, "explained_variance": 0.5, "clip_fraction": 0.1, "value_clip_fraction": 0.2, "loss": 0.3}
+    for step in range(2):
+        measured = {"reward": 0.5 + step, "kl": 2.0 * step, "entropy": 3.0, "finished": 0.9, "lengths/sampled": 20.0}
+        run.log_metrics(step, "eval", {**measured, "prompts": 9})
+        run.log_metrics(
+            step, "train", {**measured, **own, "prompts_per_second": 8.0, "ratio/first": 1.0, "updates": 4.0}
+        )
+        shown = {"prompt": f"Once {step}", "completion": HOSTILE[step], "reward": 0.25, "kl": -1.5}
+        run.event("samples", step=step, samples=[shown])
+    page = report(run)
+    assert "Held-out reward 0.500 → 1.500, KL 2.00 nats from the reference, after 1 steps." in page.text
+    assert page.cells == ["Once 1", HOSTILE[1]], "the last update's samples, as they were written"
+    assert "0.250; −1.50" in page.text and "8.00 prompts a second" in page.text
+    titles = [panel.title for panel in draw_panels(run.metrics(), "ppo")]
+    assert titles == [
+        *("Reward", "KL to the reference", "Price of KL", "Entropy", "Clipped tokens", "Explained variance"),
+        *("Samples that end", "Loss", "Length of samples"),
+    ]

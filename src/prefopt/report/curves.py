@@ -17,11 +17,12 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
+from prefopt.report.plans import Plan, plans_of
+
 __all__ = ["GRID", "INK", "MUTED", "RC", "Panel", "draw_calibration", "draw_panels", "frame", "inline_svg"]
 
 Metrics = Sequence[Mapping[str, Any]]
 
-_NEAR_LN2 = 0.02
 _MOST_POINTS = 400  # of a training line; longer ones are averaged over neighbouring steps, and the page says so
 _MOST_DOTS = 24  # of a held-out line
 
@@ -65,125 +66,6 @@ class Panel:
     averaged: int
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What a panel shows: metric -> name at the line's end (empty: train and held-out are named)."""
-
-    title: str
-    caption: str
-    lines: Mapping[str, str]
-    level: tuple[float, str] | None = None  # a dotted line and its name
-    limits: tuple[float, float] | None = None
-
-
-_DPO_LOSS = _Plan(
-    "Loss",
-    "Starts at ln 2 (dotted) where policy and reference agree, and should fall. "
-    "Held-out rising while train falls: the pairs are being learnt by heart.",
-    {"loss": ""},
-    level=(math.log(2), "ln 2"),
-)
-_OTHER_LOSS = _Plan(
-    "Loss",
-    "Should fall and level off. Held-out rising while train falls: the rows are being learnt by heart.",
-    {"loss": ""},
-)
-_IMPLICIT_REWARDS = _Plan(
-    "Implicit rewards",
-    "What the loss compares; for DPO beta times the log-ratio to the reference. Their distance is what is learnt; "
-    "both falling together is likelihood displacement.",
-    {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
-    level=(0.0, ""),
-)
-_SCORES = _Plan(
-    "Scores",
-    "Logits of the best and the worst completion of a row. Only their distance is learnt: "
-    "where zero lies is set at the end.",
-    {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
-)
-_PLANS = (
-    _Plan(
-        "Accuracy",
-        "Share of pairs (or rated or ranked rows) that the rewards order rightly. Dotted: a coin. "
-        "Train at 1 with held-out falling: stop earlier.",
-        {"rewards/accuracies": ""},
-        level=(0.5, "chance"),
-        limits=(0.0, 1.0),
-    ),
-    _Plan(
-        "Calibration error",
-        "How far predicted probabilities are from the observed shares, mean over pairs. "
-        "Rising while accuracy stands still: confidence alone is growing.",
-        {"calibration_error": ""},
-        level=(0.0, ""),
-    ),
-    _Plan(
-        "Longer completions",
-        "Share of pairs whose longer completion scores higher, beside the share where it is the better one. "
-        "Far above: length is being rewarded.",
-        {"length/longer_preferred": "scored", "length/longer_chosen": "better"},
-        level=(0.5, ""),
-        limits=(0.0, 1.0),
-    ),
-    _Plan(
-        "Correlation with length",
-        "Of score difference and length difference within a prompt, -1 to 1.",
-        {"length/correlation": ""},
-        level=(0.0, ""),
-    ),
-    _Plan(
-        "Reward margin",
-        "Chosen minus rejected reward: grows as the model tells them apart. Growth without "
-        "better held-out accuracy is only confidence.",
-        {"rewards/margins": ""},
-        level=(0.0, ""),
-    ),
-    _Plan(
-        "KL to the reference",
-        "Nats a completion: how far the policy has moved, the price of the gain above. "
-        "A steep climb late in the run calls for a larger beta or fewer steps.",
-        {"kl": ""},
-        level=(0.0, ""),
-    ),
-    _Plan(
-        "Log-probabilities",
-        "Summed over a completion, in nats. Rejected should fall away from chosen; "
-        "chosen falling as well means that probability goes to texts in neither.",
-        {"logps/chosen": "chosen", "logps/rejected": "rejected"},
-    ),
-    _Plan(
-        "Log-probability",
-        "Summed over a completion, in nats: should rise towards 0.",
-        {"logps/completion": ""},
-    ),
-    _Plan(
-        "Lengths of chosen and rejected",
-        "Scored tokens a completion in the data. A steady gap means that length itself is being rewarded.",
-        {"lengths/chosen": "chosen", "lengths/rejected": "rejected"},
-    ),
-    _Plan("Length", "Scored tokens a completion in the data.", {"lengths/completion": ""}),
-    _Plan(
-        "Importance weight",
-        "How hard the gradient still pulls; for DPO the mean of sigmoid(\N{MINUS SIGN}margin), from 0.5 on. "
-        "Near 0 there is little left to learn.",
-        {"importance_weight": ""},
-    ),
-    _Plan("Learning rate", "The schedule as it was run.", {"lr": ""}),
-    _Plan(
-        "Gradient norm",
-        "Before clipping. Single spikes are clipped; a lasting rise calls for a lower learning rate.",
-        {"grad_norm": ""},
-    ),
-    _Plan(
-        "Throughput",
-        "Tokens a second, of training steps alone. Should be level; dips are another program's work or very long rows.",
-        {"tokens_per_second": ""},
-    ),
-)
-_TOLD_ELSEWHERE = {"step", "split", "pairs", "rows", "peak_memory_bytes", "pairs_per_second", "rows_per_second"}
-_TOLD_ELSEWHERE |= {"accuracy", "accuracy/low", "accuracy/high"}  # the outcome says them
-
-
 def draw_panels(metrics: Metrics, recipe: str = "dpo") -> list[Panel]:
     """A panel for everything in `metrics` (lines of metrics.jsonl) that has at least one number.
 
@@ -191,12 +73,7 @@ def draw_panels(metrics: Metrics, recipe: str = "dpo") -> list[Panel]:
     """
     names = {name for line in metrics for name, value in line.items() if isinstance(value, int | float)}
     first = next((line["loss"] for line in metrics if line.get("step") == 0 and "loss" in line), math.nan)
-    scored = recipe == "reward"
-    starts_at_ln2 = not scored and "rewards/margins" in names and abs(first - math.log(2)) < _NEAR_LN2
-    accuracy, *rest = _PLANS
-    plans = [_DPO_LOSS if starts_at_ln2 else _OTHER_LOSS, accuracy, _SCORES if scored else _IMPLICIT_REWARDS, *rest]
-    planned = {name for plan in plans for name in plan.lines}
-    plans += [_Plan(name, "Logged under this name.", {name: ""}) for name in sorted(names - planned - _TOLD_ELSEWHERE)]
+    plans = plans_of(names, recipe, first_loss=first)
     return [_panel(plan, metrics, i) for i, plan in enumerate(plans) if names & set(plan.lines)]
 
 
@@ -264,7 +141,7 @@ def _line(metrics: Metrics, split: str, name: str) -> _Line | None:
     return _Line(steps, values, points[-1][1], size)
 
 
-def _panel(plan: _Plan, metrics: Metrics, number: int) -> Panel:
+def _panel(plan: Plan, metrics: Metrics, number: int) -> Panel:
     averaged = 1
     with mpl.rc_context({**RC, "svg.hashsalt": f"prefopt {number}"}):
         figure = Figure(figsize=(4.25, 2.4), dpi=72)
@@ -304,7 +181,7 @@ def frame(axes: Any) -> None:
     axes.margins(x=0.02, y=0.12)
 
 
-def _scale(axes: Any, plan: _Plan) -> None:
+def _scale(axes: Any, plan: Plan) -> None:
     """Limits, number format and the dotted line."""
     if plan.level:
         height, name = plan.level

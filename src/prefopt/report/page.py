@@ -5,8 +5,7 @@ content policy forbids scripts and every address.
 """
 
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,12 +19,17 @@ from scipy.stats import binomtest
 
 from prefopt.errors import RunError
 from prefopt.report.curves import draw_calibration, draw_panels
+from prefopt.report.wording import as_clock, as_duration, as_number, as_text, as_value
 from prefopt.run import RunFolder, write_atomically
 
 __all__ = ["write_report"]
 
-_RECIPES = {"sft": "Supervised fine-tuning", "dpo": "Direct Preference Optimization", "reward": "Reward model"}
-_LONG_TEXT = 500  # characters; longer samples scroll in a box that the keyboard reaches
+_RECIPES = {
+    "sft": "Supervised fine-tuning",
+    "dpo": "Direct Preference Optimization",
+    "reward": "Reward model",
+    "ppo": "Proximal policy optimisation",
+}
 _HISTORY = {"started", "resumed", "interrupted", "saved", "finished"}
 
 
@@ -142,8 +146,8 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = _number
-    environment.filters["value"] = _value
+    environment.filters["number"] = as_number
+    environment.filters["value"] = as_value
     return environment
 
 
@@ -164,8 +168,9 @@ def _context(told: _Told) -> dict[str, Any]:
         "splits": {line.get("split") for line in told.metrics},
         "pairs": any("rewards/rejected" in line for line in told.metrics),
         "samples": [
-            {name: _text(sample.get(name)) for name in ("prompt", "before", "after")} for sample in told.samples
+            {name: as_text(sample.get(name)) for name in ("prompt", "before", "after")} for sample in told.samples
         ],
+        "drawn": _drawn(told),
         "rows": _rows(told.audit),
         "facts": _facts(told),
         "files": _files(told.manifest),
@@ -197,8 +202,10 @@ def _sentence(told: _Told) -> str:
             f"{split} accuracy {first['rewards/accuracies']:.2f} \N{RIGHTWARDS ARROW} {last['rewards/accuracies']:.2f}"
             + (f" ({interval})" if interval else "")
         )
+    if "reward" in first and "reward" in last:
+        parts.append(f"{split} reward {first['reward']:.3f} \N{RIGHTWARDS ARROW} {last['reward']:.3f}")
     if "kl" in last:
-        parts.append(f"KL {_number(last['kl'])} nats from the reference")
+        parts.append(f"KL {as_number(last['kl'])} nats from the reference")
     if "loss" in first and "loss" in last:
         named = "loss" if parts else f"{split} loss"
         parts.append(f"{named} {first['loss']:.3f} \N{RIGHTWARDS ARROW} {last['loss']:.3f}")
@@ -224,10 +231,13 @@ def _last_step(told: _Told) -> int:
 
 
 _SCORED = {
+    "reward": "Reward",
     "loss": "Loss",
     "rewards/accuracies": "Accuracy",
     "rewards/margins": "Reward margin",
     "kl": "KL to the reference, nats",
+    "entropy": "Entropy, nats a token",
+    "lengths/sampled": "Length of samples, tokens",
     "logps/chosen": "Log-probability of chosen, nats",
     "logps/rejected": "Log-probability of rejected, nats",
     "logps/completion": "Log-probability of a completion, nats",
@@ -242,6 +252,16 @@ def _scores(told: _Told) -> dict[str, Any]:
     first, last = lines[0], lines[-1]
     rows = [(label, first[name], last[name]) for name, label in _SCORED.items() if name in first and name in last]
     return {"split": split, "first": first["step"], "last": last["step"], "rows": rows}
+
+
+def _drawn(told: _Told) -> list[dict[str, Any]]:
+    """Samples of the last update that has any, as the policy drew them."""
+    last = list(told.of_event("samples"))[-1:]
+    return [
+        {"step": event.get("step"), **one, **{name: as_text(one.get(name)) for name in ("prompt", "completion")}}
+        for event in last
+        for one in event.get("samples", [])
+    ]
 
 
 # --- what it was made of -----------------------------------------------------------------------
@@ -275,12 +295,14 @@ def _facts(told: _Told) -> list[tuple[str, str, str]]:
     found = [("Model", str(config.get("model", "")), manifest.get("model"))]
     if "reference" in manifest:
         found.append(("Reference", str(config.get("reference") or "the starting model"), manifest["reference"]))
+    if "reward" in manifest:
+        found.append(("Reward", str(config.get("reward", "")), manifest["reward"]))
     found += [(label, "", manifest.get(key)) for label, key in (("Tokenizer", "tokenizer"), ("Template", "template"))]
     for event in list(told.of_event("path"))[-1:]:
         of_scores = told.recipe == "reward"
         found.append(("Scores", *_path(event, "")) if of_scores else ("Log-probabilities", *_path(event, "nats ")))
     seconds = _seconds(told)
-    found.append(("Time taken", _duration(seconds) if seconds is not None else "", None))
+    found.append(("Time taken", as_duration(seconds) if seconds is not None else "", None))
     found += [(label, value, None) for label, value in _rates(told)]
     return [(label, value, str(detail or "")) for label, value, detail in found if value or detail]
 
@@ -320,22 +342,25 @@ def _history(told: _Told) -> list[tuple[str, str]]:
         what = f"{name} at step {event.get('step', 0):,}"
         if name == "saved" and len(saved) > 1:
             what = f"saved {len(saved)} times, last at step {event.get('step', 0):,}"
-        found.append((what, _clock(event.get("time"))))
+        found.append((what, as_clock(event.get("time"))))
     return found
 
 
 def _rates(told: _Told) -> Iterator[tuple[str, str]]:
     """Throughput (the median step's) and the most memory held."""
     rates = []
-    for unit in ("tokens", "pairs", "rows"):
+    for unit in ("tokens", "pairs", "rows", "prompts"):
         values = [line[f"{unit}_per_second"] for line in told.of_split("train") if f"{unit}_per_second" in line]
         if values:
-            rates.append(f"{_number(median(values))} {unit}")
+            rates.append(f"{as_number(median(values))} {unit}")
     if rates:
         yield "Throughput", " or ".join(rates) + " a second (median step)"
     memory = [line["peak_memory_bytes"] for line in told.metrics if "peak_memory_bytes" in line]
     if memory:
-        yield "Peak memory", f"{_number(max(memory) / 1e9)} GB" if max(memory) >= 1e9 else f"{max(memory) / 1e6:.0f} MB"
+        yield (
+            "Peak memory",
+            f"{as_number(max(memory) / 1e9)} GB" if max(memory) >= 1e9 else f"{max(memory) / 1e6:.0f} MB",
+        )
 
 
 def _files(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -351,50 +376,3 @@ def _files(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         else:
             found.append((str(name), str(content)))
     return found
-
-
-# --- how values are written --------------------------------------------------------------------
-
-
-def _number(value: Any) -> str:
-    """Three significant digits for people; counts in full."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return "" if value is None else str(value)
-    if isinstance(value, int) or abs(value) >= 1000:
-        return f"{value:,.0f}".replace("-", "\N{MINUS SIGN}")
-    if not math.isfinite(value):
-        return str(value)
-    text = f"{value:#.3g}".rstrip(".") if abs(value) >= 1e-3 else f"{value:.2e}" if value else "0"
-    return text.replace("-", "\N{MINUS SIGN}", 1) if value < 0 else text
-
-
-def _value(value: Any) -> str:
-    """A configuration value as YAML would have it on one line."""
-    if isinstance(value, list | tuple):
-        return ", ".join(_value(item) for item in value)
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_value(item)}" for key, item in value.items())
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "not set" if value is None else str(value)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    parts: Sequence[tuple[int, str]] = ((hours, "h"), (minutes, "min"), (rest, "s"))
-    return " ".join(f"{count} {unit}" for count, unit in parts if count) or "under a second"
-
-
-def _clock(time: Any) -> str:
-    """Date and time to the second, as the event has it."""
-    try:
-        return datetime.fromisoformat(str(time)).strftime("%Y-%m-%d %H:%M:%S %Z").strip()
-    except ValueError:
-        return str(time or "")
-
-
-def _text(value: Any) -> dict[str, Any]:
-    """A sample's text, without the space that joins a continuation to its prompt."""
-    text = value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
-    return {"text": text.removeprefix(" "), "long": len(text) > _LONG_TEXT}

@@ -30,6 +30,9 @@ _ACCURACY_FALL = 0.03
 _PAIRS_FALL = 2
 # Held-out loss must rise by more than this share above its best. The same rows every time: no sampling noise.
 _LOSS_RISE = 0.02
+# What was sampled is probable by the same factor when it is first trained on: exactly 1 on a CPU. A forgotten
+# temperature, dropout or stale weights move single tokens by far more than this; a GPU's bfloat16 has room in it.
+_FIRST_RATIO = 0.1
 # Sampled completions may grow by half before it is called drift: a few samples vary by that much less.
 _LENGTH_DRIFT = 1.5
 # Up to this share of cut rows is the usual long tail.
@@ -68,7 +71,7 @@ class Health:
         if split == "train":
             for name, value in metrics.items():
                 self._recent.setdefault(name, deque(maxlen=_WINDOW)).append(value)
-            found += self._displacement()
+            found += [*self._displacement(), *self._first_ratio(metrics)]
         else:
             found += [*self._overfit(metrics), *self._kl(metrics), *self._lengths(metrics)]
             self._keep_best(metrics)
@@ -176,8 +179,22 @@ class Health:
             return None
         return f"the held-out loss rose from {self._best_loss:.3f} to {loss:.3f} while the training loss fell"
 
+    def _first_ratio(self, metrics: Mapping[str, float | int]) -> list[tuple[str, str]]:
+        ratio = metrics.get("ratio/first", 1.0)
+        if abs(ratio - 1) <= _FIRST_RATIO:
+            return []
+        return [
+            (
+                "first_ratio",
+                f"before any step on them, samples are probable by up to {ratio:.2f} times what they were drawn with, "
+                "not 1: what samples is not what is trained, so these updates are not PPO's; try --dtype float32, and "
+                "please report it if that does not help.",
+            )
+        ]
+
     def _kl(self, metrics: Mapping[str, float | int]) -> list[tuple[str, str]]:
-        names = ("lengths/chosen", "lengths/rejected", "lengths/completion")
+        sampled = "reward" in metrics
+        names = ("lengths/sampled",) if sampled else ("lengths/chosen", "lengths/rejected", "lengths/completion")
         lengths = [metrics[n] for n in names if metrics.get(n)]
         if "kl" not in metrics or not lengths:
             return []
@@ -188,7 +205,8 @@ class Health:
             (
                 "kl_runaway",
                 f"the KL to the reference is {metrics['kl']:.1f} nats a completion ({per_token:.2f} a token): the "
-                "policy has left the reference far behind; raise --beta, lower --lr, or stop earlier.",
+                f"policy has left the reference far behind; raise --{'kl-coef' if sampled else 'beta'}, lower --lr, or "
+                "stop earlier.",
             )
         ]
 
@@ -196,10 +214,15 @@ class Health:
         start, now = self._first["eval"].get("lengths/sampled"), metrics.get("lengths/sampled")
         if not start or now is None or now <= _LENGTH_DRIFT * start:
             return []
+        grew = f"sampled completions grew from {start:.0f} to {now:.0f} tokens"
+        if "reward" in metrics:
+            return [
+                ("length_drift", f"{grew}: if the reward likes length, length is what is learned; read the samples.")
+            ]
         return [
             (
                 "length_drift",
-                f"sampled completions grew from {start:.0f} to {now:.0f} tokens: if chosen completions are longer than "
-                "rejected ones in your data, length may be what is learned; balance lengths or raise --beta.",
+                f"{grew}: if chosen completions are longer than rejected ones in your data, length may be what is "
+                "learned; balance lengths or raise --beta.",
             )
         ]
