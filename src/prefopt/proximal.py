@@ -108,6 +108,11 @@ class Proximal:
         drawn = self._rollout(list(prompts), self.config.completions, [self.config.seed, 3], tokens_per_batch)
         self.kept["reward_mean"].fill_(float(drawn.rewards.mean()))
         self.kept["reward_sd"].fill_(float(drawn.rewards.std()) or 1.0)  # where all are alike there is no scale
+        if self.config.value_from == "reward":  # its head says rewards as they were
+            with torch.no_grad():
+                self.value.head.bias.sub_(float(self.kept["reward_mean"]))
+                for parameter in self.value.head.parameters():
+                    parameter.div_(float(self.kept["reward_sd"]))
 
     def score(self, batch: PackedBatch) -> Scores:
         """Policy, reference and value model on samples; all at the sampling temperature."""
@@ -130,9 +135,8 @@ class Proximal:
         """Rewards of tokens, whitened if asked for; advantages, whitened; returns."""
         config, counts = self.config, rollout.token_counts
         # A new tensor: what is logged stays the reward's own.
-        scores = (torch.tensor(rollout.rewards, device=counts.device) - self.kept["reward_mean"].item()) / float(
-            self.kept["reward_sd"]
-        )
+        mean, sd = float(self.kept["reward_mean"]), float(self.kept["reward_sd"])
+        scores = (torch.from_numpy(rollout.rewards).to(counts.device) - mean) / sd
         if config.missing_eos_reward is not None:
             scores[torch.from_numpy(~rollout.finished)] = config.missing_eos_reward
         rewards = token_rewards(
