@@ -47,6 +47,7 @@ __all__ = [
     "split_rows",
 ]
 
+_REFUSED_SHOWN = 8  # prompts; `prefopt check` does not know them without their completions
 _CHECK_TOKENS = 2048  # rows of the first batch that are also scored by transformers itself
 
 
@@ -148,6 +149,8 @@ def read_prompt_groups(config: DataConfig, model: PreTrainedModel, renderer: Ren
         )
     groups = GroupStore.write(prompt_groups(found, renderer, longest=longest, audit=audit))
     say(f"rows: {audit.summary()}; {len(groups):,} prompts")
+    for finding in [f for f in audit.findings if f.state == "refused"][:_REFUSED_SHOWN]:
+        say(f"  refused {finding.source}: {finding.reason.replace('_', ' ')}: {finding.detail}")
     audit.enforce(config.max_refused)
     if not groups:
         raise _nothing_left(config, audit)

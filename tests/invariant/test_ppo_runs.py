@@ -296,7 +296,10 @@ def test_every_row_that_is_not_used_is_counted_and_said(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ppo(tmp_path / "run", "--max-steps", "1")
     arguments[arguments.index("pairs.jsonl")] = str(tmp_path / "prompts.jsonl")
-    prefopt(*arguments, cache=tmp_path)
+    done = prefopt(*arguments, cache=tmp_path)
+    room = COMMON["max_position_embeddings"] - 8
+    assert f"prompts.jsonl:9: prompt too long: 125 tokens, and there is room for {room}" in done.stderr
+    assert "prompts.jsonl:10: empty prompt" in done.stderr
     audit = json.loads((tmp_path / "run" / "audit.json").read_text())
     assert audit["reasons"] == {"prompt_too_long": 1, "empty_prompt": 1, "prompt_repeated": 1}
     assert (audit["rows"], audit["refused"], audit["train"] + audit["held_out"]) == (11, 2, 8)
