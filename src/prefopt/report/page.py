@@ -321,8 +321,8 @@ def _seconds(told: _Told) -> float | None:
         try:
             now = datetime.fromisoformat(str(event.get("time")))
             name = str(event.get("event"))
-            # A resumed run chooses its path again, and then says that it is resumed.
-            if before is not None and name != "resumed" and not (name == "path" and name in known):
+            # A resumed run looks at its reward and chooses its path again, and then says that it is resumed.
+            if before is not None and name not in ("resumed", "reward") and not (name == "path" and name in known):
                 total += (now - before).total_seconds()
         except (ValueError, TypeError):  # no time, or one with and one without a zone
             return None
