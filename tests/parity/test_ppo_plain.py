@@ -42,6 +42,7 @@ def settings(folder: Path, **changes: Any) -> PPOConfig:
     given: dict[str, Any] = {
         **{"model": "m", "data": ("d",), "out": folder / "run", "reward": "vowels", "seed": 3},
         **{"completions": 3, "max_new_tokens": 12, "temperature": 0.7, "kl_coef": 0.1, "missing_eos_reward": -1.0},
+        **{"whiten_rewards": True},
         **{"gamma": 0.98, "lam": 0.9, "ppo_epochs": 2, "minibatches": 2, "clip": 0.05, "value_clip": 0.02},
         **{"value_coef": 0.3, "lr": LR, "max_grad_norm": 0.5, **changes},
     }
