@@ -36,6 +36,10 @@ def score(prompts, completions):
     if what.isdigit():
         os.kill(os.getpid(), int(what))
     return {"nan": [*scores[:-1], float("nan")], "short": scores[1:]}.get(what, scores)
+
+
+def stretched(prompts, completions):
+    return [8 * value + 100 for value in score(prompts, completions)]
 """
 
 
@@ -68,7 +72,10 @@ def ppo(out: Path, *more: str, model: str = "model", reward: str = "planned:scor
         **{"--samples": "2", "--sample-tokens": "8", "--tokens-per-batch": "4096"},
     }
     kept = [part for flag, value in usual.items() if flag not in more for part in (flag, value)]
-    return ["ppo", "--model", model, "--data", "pairs.jsonl", "--reward", reward, "--out", str(out), *kept, *more]
+    # Left as they are, unless asked for: the plans count how often the reward is called.
+    scale = () if any("normalize-reward" in flag for flag in more) else ("--no-normalize-reward",)
+    given = ("--model", model, "--data", "pairs.jsonl", "--reward", reward, "--out", str(out))
+    return ["ppo", *given, *kept, *scale, *more]
 
 
 def samples(run: Path) -> list[Any]:
@@ -107,6 +114,22 @@ def test_a_run_is_what_was_promised(whole: Path, tmp_path: Path) -> None:
     for rows in rows_by_step(whole).values():
         assert len(set(rows)) == 4
     assert "reward" in (whole / "report.html").read_text()
+
+
+def test_normalized_rewards_have_no_scale_of_their_own(inputs: Path, tmp_path: Path) -> None:
+    """Shifted and stretched, a reward trains the same policy; left as they are, the two train others."""
+    found = {}
+    for kept in ("--normalize-reward", "--no-normalize-reward"):
+        for reward in ("planned:score", "planned:stretched"):
+            run = tmp_path / f"{kept}-{reward}".replace(":", "-")
+            prefopt(*ppo(run, kept, "--max-steps", "3", reward=reward), cache=tmp_path)
+            found[kept, reward] = [line["entropy"] for line in metrics(run)]
+    assert found["--normalize-reward", "planned:stretched"] == pytest.approx(
+        found["--normalize-reward", "planned:score"], rel=1e-4
+    )
+    assert found["--no-normalize-reward", "planned:stretched"] != pytest.approx(
+        found["--no-normalize-reward", "planned:score"], rel=1e-4
+    )
 
 
 @pytest.mark.parametrize(
