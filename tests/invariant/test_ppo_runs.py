@@ -123,12 +123,12 @@ def test_normalized_rewards_have_no_scale_of_their_own(inputs: Path, tmp_path: P
         for reward in ("planned:score", "planned:stretched"):
             run = tmp_path / f"{kept}-{reward}".replace(":", "-")
             prefopt(*ppo(run, kept, "--max-steps", "3", reward=reward), cache=tmp_path)
-            found[kept, reward] = [line["entropy"] for line in metrics(run)]
+            found[kept, reward] = [line["loss"] for line in metrics(run) if line["split"] == "train"]
     assert found["--normalize-reward", "planned:stretched"] == pytest.approx(
-        found["--normalize-reward", "planned:score"], rel=1e-4
+        found["--normalize-reward", "planned:score"], rel=1e-3
     )
     assert found["--no-normalize-reward", "planned:stretched"] != pytest.approx(
-        found["--no-normalize-reward", "planned:score"], rel=1e-4
+        found["--no-normalize-reward", "planned:score"], rel=1e-3
     )
 
 
