@@ -171,7 +171,7 @@ class PPOConfig(PolicyConfig):
         float, Field(description="Of sampling, and of every log-probability that is trained on.", gt=0)
     ] = 1.0
     kl_coef: Annotated[
-        float, Field(description="Price of a nat of KL to the reference; with target_kl where it starts.", ge=0)
+        float, Field(description="Price of a nat of KL, in (normalized) reward; with target_kl where it starts.", ge=0)
     ] = 0.05
     target_kl: Annotated[
         float | None, Field(description="Adapt kl_coef so that a sequence's KL comes to this many nats.", gt=0)
@@ -185,7 +185,7 @@ class PPOConfig(PolicyConfig):
     ] = True
     missing_eos_reward: Annotated[
         float | None,
-        Field(description="What a sample that does not end within max_new_tokens gets; default: its reward."),
+        Field(description="(Normalized) reward of a sample that does not end within max_new_tokens; default: its own."),
     ] = None
     whiten_rewards: Annotated[
         bool, Field(description="Scale each batch's rewards of tokens to variance 1; for samples of one length.")

@@ -66,7 +66,7 @@ _REWARDED = (
     ),
     Plan(
         "Price of KL",
-        "Reward that a nat costs; moves only where a target KL is set.",
+        "Normalized reward that a nat costs; moves only where a target KL is set.",
         {"kl_coef": ""},
     ),
     Plan(
