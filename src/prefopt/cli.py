@@ -119,6 +119,7 @@ def quickstart(config: QuickstartConfig, as_json: bool) -> None:
     CheckConfig,
     "  prefopt check pairs.jsonl\n"
     "  prefopt check pairs.jsonl --model models/base --max-length 512\n"
+    "  prefopt check prompts.jsonl --prompts\n"
     "  prefopt check table.parquet --columns prompt=question chosen=best rejected=worst --json",
     positional="data",
 )

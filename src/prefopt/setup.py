@@ -151,20 +151,20 @@ def read_prompt_groups(config: DataConfig, model: PreTrainedModel, renderer: Ren
     say(f"rows: {audit.summary()}; {len(groups):,} prompts")
     for finding in [f for f in audit.findings if f.state == "refused"][:_REFUSED_SHOWN]:
         say(f"  refused {finding.source}: {finding.reason.replace('_', ' ')}: {finding.detail}")
-    audit.enforce(config.max_refused)
+    audit.enforce(config.max_refused, check="--prompts ")
     if not groups:
-        raise _nothing_left(config, audit)
+        raise _nothing_left(config, audit, check="--prompts ")
     kept = {group.source for group in groups}
     return Prompts(groups, {p.source: p.content for p in found if p.source in kept}, audit)
 
 
-def _nothing_left(config: UsableRowsConfig, audit: Audit) -> DataError:
+def _nothing_left(config: UsableRowsConfig, audit: Audit, check: str = "") -> DataError:
     return DataError(
         "No usable row is left.",
         where=", ".join(config.data),
         got=audit.summary(),
         expected="at least one row",
-        todo=f"`prefopt check {config.data[0]} --model MODEL` shows the reasons row by row.",
+        todo=f"`prefopt check {config.data[0]} {check}--model MODEL` shows the reasons row by row.",
     )
 
 

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 
+from prefopt.cli import main
 from prefopt.data.audit import Audit
 from prefopt.data.prompts import Prompt, prompt_groups
 from prefopt.data.read import read_prompts
 from prefopt.data.tokenize import Renderer
 from prefopt.errors import ConfigError, DataError
 from prefopt.records import Content, Message
-from tiny import letters_tokenizer
+from tiny import letters_tokenizer, save_tiny_model
 
 HI = Message("user", "Hi")
 HELLO = (Message("user", "Hi"), Message("assistant", "Hello."), Message("user", "Who?"))
@@ -63,7 +64,7 @@ def test_every_layout_has_its_prompt(row: dict[str, Any], expected: Content, tmp
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"prompt": ""}, "missing_columns"),
+        ({"prompt": ""}, "empty_prompt"),
         ({"prompt": " \n"}, "empty_prompt"),
         ({"text": "Once upon a time"}, "missing_columns"),
         ({"messages": turns(Message("assistant", "a"))}, "no_user_turn"),
@@ -110,3 +111,19 @@ def test_a_prompt_that_leaves_no_room_is_refused_not_cut(tmp_path: Path) -> None
     assert len(groups[0].prompt_ids) == 4
     (finding,) = audit.findings
     assert (finding.source.row, finding.detail) == (2, "5 tokens, and there is room for 4")
+
+
+def test_the_data_doctor_looks_at_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "one two"}, {"prompt": ""}, {"prompt": "one two"}, {"text": "no prompt"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["check", str(file), "--prompts", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["rows"], found["kept"], found["mended"], found["refused"]) == (4, 1, 1, 2)
+    assert found["reasons"] == {"prompt_repeated": 1, "empty_prompt": 1, "missing_columns": 1}
+    file.write_text(json.dumps(rows[0]) + "\n")
+    save_tiny_model(tmp_path / "model")
+    asked = ["--prompts", "--model", str(tmp_path / "model"), "--max-prompt-length", "3", "--json"]
+    with pytest.raises(SystemExit):  # seven letters are seven tokens: no row is usable
+        main(["check", str(file), *asked])
+    assert json.loads(capsys.readouterr().out)["reasons"]["prompt_too_long"] == 1

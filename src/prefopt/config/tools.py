@@ -67,6 +67,9 @@ class CheckConfig(RowsConfig):
     model: Annotated[
         str | None, Field(description="Count what this model's tokens decide, too: cut and too long rows.")
     ] = None
+    prompts: Annotated[
+        bool, Field(description="Look at prompts alone, as `prefopt ppo` takes them: completions may be missing.")
+    ] = False
 
     @model_validator(mode="after")
     def _tokens_need_a_model(self) -> "CheckConfig":

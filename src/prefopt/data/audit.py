@@ -163,11 +163,12 @@ class Audit:
     def _share(self, count: int) -> str:
         return f"{count / self.rows:.1%}" if self.rows else "-"
 
-    def enforce(self, max_refused: float) -> None:
+    def enforce(self, max_refused: float, *, check: str = "") -> None:
         """Stop when too much of the data cannot be used.
 
         Args:
             max_refused: The largest share of refused rows that is let pass, 0 to 1.
+            check: Flags with which `prefopt check` shows the same rows.
 
         Raises:
             DataError: more rows than that are refused.
@@ -175,11 +176,12 @@ class Audit:
         if self.refused <= max_refused * self.rows:
             return
         example = next(f for f in self._findings if f.state == "refused")
+        command = f"prefopt check {example.source.file} {check}".strip()
         raise DataError(
             f"{self.refused / self.rows:.1%} of the rows cannot be used.",
             where=f"first: {example.source}",
             got=f"{self.summary()}; there: {example.reason}" + (f", {example.detail}" if example.detail else ""),
             expected=f"at most {max_refused:.1%} of the rows refused (max_refused)",
-            todo=f"`prefopt check {example.source.file}` lists every reason; mend the file, name its columns with "
+            todo=f"`{command}` lists every reason; mend the file, name its columns with "
             "--columns, or raise --max-refused.",
         )

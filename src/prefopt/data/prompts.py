@@ -49,6 +49,8 @@ def _content(row: Row) -> Content:
         return alpaca_prompt(row)
     if "chosen" in row and "rejected" in row:
         return pair_sides(row).prompt
+    if "prompt" in row:
+        raise Refusal("empty_prompt", "the prompt says nothing")
     raise Refusal("missing_columns", f"the row has {row.columns()}; expected prompt, messages, or instruction")
 
 
