@@ -1,10 +1,10 @@
 """The truth of imdb.yaml: how sure a sentiment classifier is that prompt and completion together are positive.
 
-PREFOPT_CLASSIFIER names the classifier, a folder or hub name of transformers; the paper took
-siebert/sentiment-roberta-large-english.
+CLASSIFIER names it, a folder or hub name of transformers: here the paper's. It stands in this file, whose content
+is the fingerprint of the reward, so that another classifier is another truth. Start prefopt from the repository's
+root.
 """
 
-import os
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -12,24 +12,22 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+CLASSIFIER = "siebert/sentiment-roberta-large-english"
 _BATCH = 64
 
 
 @cache
 def _classifier() -> tuple[Any, Any, int]:
     """Model, tokenizer, and the number of the positive class."""
-    name = os.environ.get("PREFOPT_CLASSIFIER")
-    if not name:
-        raise ValueError(
-            "set PREFOPT_CLASSIFIER to a sentiment classifier, such as siebert/sentiment-roberta-large-english"
-        )
-    model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        CLASSIFIER, use_safetensors=True, trust_remote_code=False
+    )
     labels = {str(label).lower(): number for number, label in model.config.id2label.items()}
     positive = labels.get("positive", labels.get("label_1"))
     if positive is None:
-        raise ValueError(f"{name} has the classes {', '.join(labels)}; expected one called POSITIVE")
+        raise ValueError(f"{CLASSIFIER} has the classes {', '.join(labels)}; expected one called POSITIVE")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.eval().to(device), AutoTokenizer.from_pretrained(name, trust_remote_code=False), positive
+    return model.eval().to(device), AutoTokenizer.from_pretrained(CLASSIFIER, trust_remote_code=False), positive
 
 
 @torch.no_grad()

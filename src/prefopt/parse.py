@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from prefopt.config import DPOConfig, RewardConfig, SFTConfig, UsableRowsConfig
+from prefopt.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig, UsableRowsConfig
 from prefopt.errors import ConfigError
 
 __all__ = ["flag_of", "parse_config"]
@@ -118,7 +118,7 @@ class _Given:
         near = difflib.get_close_matches(name.replace("-", "_").lower(), free, n=1)
         others = [
             k.__name__.removesuffix("Config").lower()
-            for k in (SFTConfig, DPOConfig, RewardConfig)
+            for k in (SFTConfig, DPOConfig, RewardConfig, PPOConfig)
             if name in k.model_fields
         ]
         todo = f"Did you mean {near[0]}?" if near else None

@@ -29,6 +29,7 @@ from prefopt.model.logprobs import Path, plain_model, target_hidden
 from prefopt.model.policy import make_policy
 from prefopt.model.statistics import target_statistics
 from prefopt.model.values import ValueModel
+from prefopt.progress import say, warn
 from prefopt.records import Content, Source
 from prefopt.rewards import Reward
 from prefopt.rollout import Rollout, Scores, collect
@@ -39,6 +40,7 @@ from prefopt.train.step import StepResult, train_step
 __all__ = ["Lesson", "Proximal"]
 
 _SHOWN = 4  # samples that a step leaves in events.jsonl
+_NO_SPREAD = 1e-8  # of the mean: what rounding makes of rewards that are all alike
 
 
 @dataclass
@@ -100,31 +102,41 @@ class Proximal:
         }
 
     def normalize(self, prompts: Sequence[CompletionGroup], tokens_per_batch: int) -> None:
-        """Learn shift and scale of the reward from samples of the starting model (Ziegler et al. 2019, section 2.1).
+        """If asked for, learn shift and scale of the reward from samples of the starting model.
 
-        A value model starts at zero. If rewards were far from zero, every token shortly before an end would
-        look better than expected, and the policy would learn to end.
+        Ziegler et al. 2019, section 2.1. A value model starts at zero. If rewards were far from zero, every
+        token shortly before an end would look better than expected, and the policy would learn to end.
         """
+        if not self.config.normalize_reward:
+            return
         drawn = self._rollout(list(prompts), self.config.completions, [self.config.seed, 3], tokens_per_batch)
-        self.kept["reward_mean"].fill_(float(drawn.rewards.mean()))
-        self.kept["reward_sd"].fill_(float(drawn.rewards.std()) or 1.0)  # where all are alike there is no scale
+        mean, sd = float(drawn.rewards.mean()), float(drawn.rewards.std())
+        if sd <= _NO_SPREAD * max(1.0, abs(mean)):
+            warn(f"the reward says {mean:g} of every first sample: shifted, not scaled; there is little to learn")
+            sd = 1.0
+        self.kept["reward_mean"].fill_(mean)
+        self.kept["reward_sd"].fill_(sd)
+        self.run.event("normalized", step=0, mean=mean, sd=sd, samples=len(drawn.rewards))
+        say(f"reward: (reward - {mean:.4g}) / {sd:.4g}, by {len(drawn.rewards):,} samples of the starting model")
         if self.config.value_from == "reward":  # its head says rewards as they were
             with torch.no_grad():
-                self.value.head.bias.sub_(float(self.kept["reward_mean"]))
+                self.value.head.bias.sub_(mean)
                 for parameter in self.value.head.parameters():
-                    parameter.div_(float(self.kept["reward_sd"]))
+                    parameter.div_(sd)
 
     def score(self, batch: PackedBatch) -> Scores:
         """Policy, reference and value model on samples; all at the sampling temperature."""
-        head = head_of(plain_model(self.policy)).tempered(self.config.temperature)
-        own = target_statistics(head, target_hidden(self.policy, batch, self.path), batch.targets, entropy=True)
+        head, temperature = head_of(plain_model(self.policy)), self.config.temperature
+        hidden = target_hidden(self.policy, batch, self.path)
+        own = target_statistics(head.tempered(temperature), hidden, batch.targets, entropy=True)
         assert own.entropy is not None
+        plain = own.logprob if temperature == 1 else target_logprobs(head, hidden, batch.targets)
         if self.frozen is not None:
             reference = self._logprobs(self.frozen, batch, self.reference_path)
         else:
             with self.policy.disable_adapter():  # type: ignore[operator]
                 reference = self._logprobs(self.policy, batch, self.path)
-        return Scores(own.logprob, reference, own.entropy, self.value(batch))
+        return Scores(plain, own.logprob, reference, own.entropy, self.value(batch))
 
     def _logprobs(self, model: torch.nn.Module, batch: PackedBatch, path: Path) -> Float[Tensor, " targets"]:
         head = head_of(plain_model(model)).tempered(self.config.temperature)

@@ -29,12 +29,14 @@ class Scores:
     """Of the targets of one packed batch.
 
     Attributes:
-        logprobs: Of the policy that sampled, at the sampling temperature.
+        plain: Log-probabilities of the policy itself, as the sampler gives them.
+        logprobs: Of the policy at the sampling temperature.
         reference: Of the reference, at the same temperature.
         entropy: Of the policy's next-token distributions, nats.
         values: Of the value model.
     """
 
+    plain: Float[Tensor, " targets"]
     logprobs: Float[Tensor, " targets"]
     reference: Float[Tensor, " targets"]
     entropy: Float[Tensor, " targets"]
@@ -53,6 +55,7 @@ class Rollout:
         token_counts: Tokens of each sequence.
         starts: The first target of each group, and behind the last one's end.
         scores: Of all targets.
+        drawn: What the sampler itself said of them: log-probabilities of the policy, not tempered.
     """
 
     groups: tuple[CompletionGroup, ...]
@@ -62,6 +65,7 @@ class Rollout:
     token_counts: Int[Tensor, " sequences"]
     starts: Int[np.ndarray, " groups_and_end"]
     scores: Scores
+    drawn: Float[Tensor, " targets"]
 
     @classmethod
     def blank(cls, prompts: Sequence[CompletionGroup], config: PPOConfig, device: torch.device) -> "Rollout":
@@ -79,7 +83,8 @@ class Rollout:
             finished=np.zeros(sequences, dtype=bool),
             token_counts=torch.full((sequences,), config.max_new_tokens, device=device),
             starts=np.arange(len(groups) + 1) * config.completions * config.max_new_tokens,
-            scores=Scores(*torch.zeros(4, targets, device=device)),
+            scores=Scores(*torch.zeros(5, targets, device=device)),
+            drawn=torch.zeros(targets, device=device),
         )
 
     def targets_of(self, batch: PackedBatch) -> Int[Tensor, " targets"]:
@@ -105,6 +110,7 @@ class Rollout:
             "entropy": float(self.scores.entropy.double().mean()),
             "lengths/sampled": float(self.token_counts.double().mean()),
             "finished": float(self.finished.mean()),
+            "ratio/sampled": float((self.scores.plain - self.drawn).abs().max().exp()),
         }
 
 
@@ -155,6 +161,7 @@ def collect(
         token_counts=counts,
         starts=starts,
         scores=_scored(groups, starts, score, tokens_per_batch, device),
+        drawn=torch.from_numpy(np.concatenate([one.logprobs for one in drawn])).to(device),
     )
 
 
@@ -194,11 +201,11 @@ def _scored(
     tokens_per_batch: int,
     device: torch.device,
 ) -> Scores:
-    found = torch.zeros(4, int(starts[-1]), device=device)
+    found = torch.zeros(5, int(starts[-1]), device=device)
     for batch in feed(batches_by_length(groups, tokens_per_batch), device):
         part = score(batch)
         places = _places(starts, batch.groups).to(device)
-        found[:, places] = torch.stack([part.logprobs, part.reference, part.entropy, part.values])
+        found[:, places] = torch.stack([part.plain, part.logprobs, part.reference, part.entropy, part.values])
     return Scores(*found)
 
 

@@ -105,6 +105,7 @@ def test_a_run_is_what_was_promised(whole: Path, tmp_path: Path) -> None:
     first, *_, last = (line for line in lines if line["split"] == "train")
     assert first["kl"] == 0 and last["kl"] > 0
     assert all(line["ratio/first"] == pytest.approx(1, abs=1e-5) for line in lines if line["split"] == "train")
+    assert all(line["ratio/sampled"] == pytest.approx(1, abs=1e-5) for line in lines)
     assert [line["step"] for line in lines if line["split"] == "eval"] == [0, 3, 6]
     assert {"reward", "kl", "entropy", "lengths/sampled", "finished", "prompts"} <= lines[0].keys()
     shown = events(whole, "samples")[0]["samples"]
@@ -118,7 +119,7 @@ def test_a_run_is_what_was_promised(whole: Path, tmp_path: Path) -> None:
 
 def test_normalized_rewards_have_no_scale_of_their_own(inputs: Path, tmp_path: Path) -> None:
     """Shifted and stretched, a reward trains the same policy; left as they are, the two train others."""
-    found = {}
+    found: dict[tuple[str, str], list[float]] = {}
     for kept in ("--normalize-reward", "--no-normalize-reward"):
         for reward in ("planned:score", "planned:stretched"):
             run = tmp_path / f"{kept}-{reward}".replace(":", "-")

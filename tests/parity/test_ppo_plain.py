@@ -277,6 +277,7 @@ def test_an_update_is_the_papers(architecture: str, path: Way, changes: dict[str
     for name, value in wanted.items():
         assert found[name] == pytest.approx(value, abs=1e-5, rel=1e-5), name
     assert found["ratio/first"] == pytest.approx(1.0, abs=1e-5)
+    assert found["ratio/sampled"] == pytest.approx(1.0, abs=1e-5)
     assert min(found["clip_fraction"], found["value_clip_fraction"], found["update_kl"]) > 0, "a part was not tried"
     assert abs(found["kl"]) > 1, "the reference must be another model"
     moved = set()

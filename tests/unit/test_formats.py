@@ -346,5 +346,6 @@ def test_a_finish_column_marks_what_broke_off() -> None:
     assert cut({**pair, "chosen_finish": "length", "rejected_finish": "stop"}) == (True, False)
     assert cut({**pair, "chosen_finish": "stop"}) == cut(pair) == ()
     assert cut({"prompt": "a", "completion": "b", "finish": "length"}) == (True,)
+    assert cut({"prompt": "a", "completion": "b", "finish": "filtered"}) == (True,)
     refusal = parse_row({**pair, "chosen_finish": "cut"}, SOURCE).refusal
-    assert refusal is not None and refusal.detail == "chosen_finish is 'cut', not stop or length"
+    assert refusal is not None and refusal.detail == "chosen_finish is 'cut', not stop, length or filtered"

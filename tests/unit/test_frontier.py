@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 
+from prefopt.config import FrontierConfig
 from prefopt.evaluate.frontier import Difference, Frontiers, Interval, Measured, best_within
+from prefopt.evaluate.points import Point
+from prefopt.report.frontier import FrontierReport
 
 
 def measured(*points: tuple[float, float], prompts: int = 40, noise: float = 0.0, seed: int = 0) -> Measured:
@@ -149,3 +152,27 @@ def test_a_method_that_gains_nothing_has_no_area() -> None:
 def test_an_interval_speaks() -> None:
     assert str(Interval(0.5, 0.25, 0.75)) == "0.500 [0.250, 0.750]"
     assert Interval(0.5, 0.25, 0.75).beyond_noise and not Interval(0.1, -0.1, 0.3).beyond_noise
+
+
+def test_last_checkpoints_are_one_row_whatever_their_step() -> None:
+    """Seeds have rows of their own, so their runs need not end at the same step."""
+
+    def point(method: str, seed: int, step: int, reward: float, kl: float) -> Point:
+        setting = "" if method == "start" else "beta 1"
+        key = f"{method}{seed}{step}"
+        return Point(key, method, setting, seed, step, "r", start(reward=reward), start(reward=kl), tokens=9.0)
+
+    points = [point("start", seed, 0, 0.0, 0.0) for seed in (0, 1)]
+    points += [point("DPO", 0, 10, 0.1, 1.0), point("DPO", 0, 24, 0.3, 2.0)]
+    points += [point("DPO", 1, 10, 0.2, 1.0), point("DPO", 1, 22, 0.5, 4.0)]
+    config = FrontierConfig.model_validate(
+        {
+            **{"out": "runs/x", "model": "m", "reward": "length:3", "seeds": [0, 1]},
+            **{"prompts": {"data": "p", "train": 2, "test": 2}, "pairs": {"data": "d"}},
+            "methods": [{"name": "DPO", "recipe": "dpo", "sweep": {"beta": [1.0]}}],
+        }
+    )
+    table = FrontierReport(config, points).markdown()
+    (row,) = [line for line in table.splitlines() if line.startswith("| DPO | beta 1")]
+    # 0.3 and 0.5, at KL 2 and 4: 0.4 at 3.
+    assert row.startswith("| DPO | beta 1 | 2 | 22\N{EN DASH}24 | 0.400 [") and " | 3.000 [" in row

@@ -196,11 +196,14 @@ def test_a_resumed_run_knows_what_came_before_and_repeats_nothing() -> None:
 
 def test_samples_that_are_not_the_trained_models() -> None:
     """The ratio at the first minibatch is 1; what rounding makes of it is not spoken of."""
-    near = [train(k, **{"ratio_first": 1.01, "reward": 1.0}) for k in range(3)]
+    near = [train(k, **{"ratio_first": 1.0009, "ratio_sampled": 1.009, "reward": 1.0}) for k in range(3)]
     assert told(Health(), near) == []
+    (warning,) = told(Health(), [train(0, ratio_first=1.0, ratio_sampled=1.02)])
+    assert warning.kind == "first_ratio" and "up to 1.02 times" in warning.sentence
+    assert told(Health(ratio_tolerance=3e-2), [train(0, ratio_first=1.02, ratio_sampled=1.2)]) == []
     (warning,) = told(Health(), [train(0, ratio_first=1.0), train(1, ratio_first=1.5), train(2, ratio_first=2.0)])
     assert (warning.kind, warning.step) == ("first_ratio", 1)
-    assert "up to 1.50 times what they were drawn with" in warning.sentence
+    assert "up to 1.5 times what they were drawn with" in warning.sentence
 
 
 def test_ppo_is_told_of_its_own_settings() -> None:

@@ -18,7 +18,16 @@ __all__ = ["Arm", "EvaluationConfig", "FrontierConfig", "MethodConfig", "PairsCo
 
 _TRAINED = ("sft", "dpo", "ppo")
 _ALL_CHECKPOINTS = 1_000_000
-_GIVEN = ("model", "data", "out", "seed", "reward", "keep_checkpoints")  # what the experiment sets by itself
+_GIVEN = (
+    "model",
+    "data",
+    "out",
+    "seed",
+    "reward",
+    "keep_checkpoints",
+    "max_new_tokens",
+    "temperature",
+)  # what the experiment sets by itself
 
 
 class PromptsConfig(Config):
@@ -167,8 +176,7 @@ class MethodConfig(Config):
                 outer, dot, inner = name.partition(".")
                 settings[outer] = {**settings.get(outer, {}), inner: value} if dot else value
             label = ", ".join(f"{name.rpartition('.')[2]} {_written(v)}" for name, v in chosen.items())
-            slug = re.sub(r"[^a-z0-9.]+", "-", f"{self.name} {label}".lower()).strip("-.")
-            found.append(Arm(self, label, slug, settings))
+            found.append(Arm(self, label, _slug(f"{self.name} {label}"), settings))
         return found
 
 
@@ -206,6 +214,11 @@ class FrontierConfig(Config):
         names = [method.name for method in value]
         if len(set(names)) < len(names):
             raise ValueError("methods need different names")
+        taken = [name for name in names if _slug(name) in ("start", "reward-model", "")]
+        if taken:
+            raise ValueError(
+                f"methods need names with letters or digits, and none of the experiment's own: {taken[0]!r}"
+            )
         arms = [arm for method in value if method.recipe in _TRAINED for arm in method.arms]
         for one, other in combinations(arms, 2):
             if one.folder == other.folder:
@@ -305,6 +318,11 @@ def _kind(recipe: str) -> type[TrainConfig]:
 
         return PPOConfig
     return SFTConfig if recipe == "sft" else DPOConfig
+
+
+def _slug(name: str) -> str:
+    """As a folder is called."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
 
 
 def _written(value: Any) -> str:

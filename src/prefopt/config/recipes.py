@@ -218,6 +218,8 @@ class PPOConfig(PolicyConfig):
             raise ValueError("kl_horizon does nothing without target_kl")
         if self.target_kl is not None and self.kl_coef == 0:
             raise ValueError("kl_coef 0 stays 0 whatever target_kl is: the controller multiplies it")
+        if not self.value_coef and self.value_from == "reward":
+            raise ValueError("value_from does nothing with value_coef 0, which leaves the value model as it is")
         if self.minibatches > self.batch_prompts:
             raise ValueError("minibatches must be at most batch_prompts: samples of a prompt stay together")
         samples = self.batch_prompts * self.completions

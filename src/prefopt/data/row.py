@@ -95,12 +95,14 @@ class Row:
         return number
 
     def cut(self, *names: str) -> tuple[bool, ...]:
-        """Of each completion whether its column says "length": it has no end of its own. () if none does."""
-        values = [self.get(name, "stop") for name in names]
-        for name, value in zip(names, values, strict=True):
-            if value not in ("stop", "length"):
-                raise Refusal("wrong_type", f"{name} is {value!r:.40}, not stop or length")
-        return tuple(value == "length" for value in values) if "length" in values else ()
+        """Of each completion whether its column says that it has no end of its own. () if none says so."""
+        found = []
+        for name in names:
+            value = self.get(name, "stop")
+            if value not in ("stop", "length", "filtered"):
+                raise Refusal("wrong_type", f"{name} is {value!r:.40}, not stop, length or filtered")
+            found.append(value != "stop")
+        return tuple(found) if any(found) else ()
 
     @property
     def label(self) -> bool:

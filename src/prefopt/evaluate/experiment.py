@@ -18,7 +18,7 @@ from prefopt.config.frontier import FrontierConfig
 from prefopt.evaluate.material import make_prompts
 from prefopt.evaluate.points import Point
 from prefopt.evaluate.runs import Seed, measure_arm, measure_best_of, measure_run, measure_start, prepare
-from prefopt.progress import progress
+from prefopt.progress import progress, warn
 
 __all__ = ["run_experiment"]
 
@@ -47,7 +47,7 @@ def run_experiment(config: FrontierConfig, jobs: int = 1) -> list[Point]:
         RunError, ConfigError, DataError, RewardError: see `evaluate.runs` and `evaluate.material`.
         SystemExit: 130 or 143 after SIGINT or SIGTERM, a run in training saved.
     """
-    prompts = make_prompts(config.prompts, config.model, config.out)
+    prompts = make_prompts(config.prompts, config.model, config.out, room=config.evaluate.max_new_tokens)
     first = [_Task(f"seed-{number}", prepare, (config, number, prompts)) for number in config.seeds]
     seeds: list[Seed] = _all_done(first, jobs, config.out, "start, pairs, reward model", "seeds")
     tasks = [task for seed in seeds for task in _tasks_of(config, seed)]
@@ -85,6 +85,8 @@ def _all_done(tasks: Sequence[_Task], jobs: int, out: Path, label: str, unit: st
             numbers = {pool.submit(_in_worker, task, logs): number for number, task in enumerate(tasks)}
             for future in as_completed(numbers):
                 number = numbers[future]
+                if (error := future.exception()) is not None:
+                    warn(f"{tasks[number].name}: {error}; what is under way is finished first")
                 results[number] = future.result()
                 bar.advance(note=tasks[number].name)
         finally:

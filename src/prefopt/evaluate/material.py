@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -11,12 +12,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
+from prefopt.config import DataConfig
 from prefopt.config.frontier import PromptsConfig
 from prefopt.data.audit import Audit
+from prefopt.data.prompts import prompt_groups
 from prefopt.data.read import read_prompts, read_records
+from prefopt.data.tokenize import Renderer
 from prefopt.errors import DataError, RunError
 from prefopt.evaluate.sampled import pair_columns
-from prefopt.model.load import load_tokenizer
+from prefopt.model.load import eos_ids, load_config, load_tokenizer, max_positions
+from prefopt.progress import say
 from prefopt.records import Content, Demonstration, Message
 from prefopt.run import file_sha256, write_atomically
 from prefopt.sampling.completions import Completed
@@ -33,20 +38,21 @@ class PromptFiles:
     test_hash: str
 
 
-def make_prompts(config: PromptsConfig, model: str, out: Path) -> PromptFiles:
+def make_prompts(config: PromptsConfig, model: str, out: Path, *, room: int) -> PromptFiles:
     """Write the prompts of an experiment, the same ones for every seed and method.
 
     The distinct prompts are shuffled once and for all; the first ones are the test prompts.
 
     Args:
         model: Whose tokens a prompt is measured in.
+        room: Tokens that a prompt has to leave.
 
     Raises:
         DataError: there are too few prompts, or rows to take beginnings of are no texts.
         RunError: `out` holds other prompts already.
     """
     if config.words is None and config.tokens is None:
-        found = [prompt.content for prompt in read_prompts(config.data, audit=Audit())]
+        found = _fitting(config, model, room)
     else:
         found = list(dict.fromkeys(_beginnings(config, model)))
     if len(found) < config.test + config.train:
@@ -63,6 +69,19 @@ def make_prompts(config: PromptsConfig, model: str, out: Path) -> PromptFiles:
     for file, prompts in zip(files, (train, test), strict=True):
         _write_once(file, as_json_lines({"prompt": _plain(prompt)} for prompt in prompts))
     return PromptFiles(*files, test_hash=file_sha256(files[1]))
+
+
+def _fitting(config: PromptsConfig, model: str, room: int) -> list[Content]:
+    """The rows' own prompts; those that leave no room for a sample are refused, and all is told."""
+    audit, tokenizer = Audit(), load_tokenizer(model)
+    found = read_prompts(config.data, audit=audit)
+    limit = max_positions(load_config(model))
+    longest = sys.maxsize if limit is None else limit - room
+    renderer = Renderer(tokenizer, eos_ids=eos_ids(model, tokenizer))
+    kept = {group.source for group in prompt_groups(found, renderer, longest=longest, audit=audit)}
+    say(f"prompts: {audit.summary()}")
+    audit.enforce(DataConfig.model_fields["max_refused"].default, check="--prompts ")
+    return [prompt.content for prompt in found if prompt.source in kept]
 
 
 def read_back(file: Path) -> list[Content]:
@@ -92,8 +111,10 @@ def as_json_lines(rows: Iterator[dict[str, Any]] | Sequence[dict[str, Any]]) -> 
 def _beginnings(config: PromptsConfig, model: str) -> Iterator[str]:
     """Of every text that goes on behind its beginning."""
     tokenizer = load_tokenizer(model) if config.tokens else None
-    lengths = random.Random("lengths")
-    for record in read_records(config.data, audit=Audit()):
+    lengths, audit = random.Random("lengths"), Audit()
+    records = read_records(config.data, audit=audit)
+    say(f"texts: {audit.summary()}")
+    for record in records:
         if not isinstance(record, Demonstration) or not isinstance(record.completion, str):
             raise DataError(
                 "Beginnings can be taken of texts only.",

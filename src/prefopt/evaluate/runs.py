@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from prefopt.config import PPOConfig
 from prefopt.config.base import TrainConfig
 from prefopt.config.frontier import Arm, FrontierConfig, MethodConfig, PairsConfig
 from prefopt.errors import RunError
@@ -84,8 +85,11 @@ def _sampled_pairs(config: FrontierConfig, seed: Seed, asked: PairsConfig) -> Pa
     return path
 
 
-def _trained(recipe: str, config: TrainConfig) -> RunFolder:
+def _trained(recipe: str, config: TrainConfig, reward: str | None = None) -> RunFolder:
     """The finished run of a configuration: found, resumed or made.
+
+    Args:
+        reward: Fingerprint of what it is trained on now, of ppo.
 
     Raises:
         RunError: another run stands in its folder, or its model or data have changed; what differs is named.
@@ -106,21 +110,24 @@ def _trained(recipe: str, config: TrainConfig) -> RunFolder:
             expected="the run that the experiment's file asks for",
             todo="Put the file back as it was, move that run away to train anew, or choose another out.",
         )
-    if not run.finished:
-        del run
-        resume(out)
-        return RunFolder.open(out)
-    now = manifest(config, load_model(config.model, dtype=torch.float32, device=torch.device("cpu")))
-    changed = [name for name in ("model", "tokenizer", "template", "data") if now[name] != run.manifest[name]]
+    now: dict[str, Any] = {} if reward is None else {"reward": reward}
+    if run.finished:
+        now |= manifest(config, load_model(config.model, dtype=torch.float32, device=torch.device("cpu")))
+    parts = ("model", "tokenizer", "template", "data", "reward")
+    changed = [name for name in parts if name in now and now[name] != run.manifest[name]]
     if changed:
         raise RunError(
-            "A finished run was trained on something else than what is there now.",
+            "A run was trained on something else than what is there now.",
             where=str(out),
             got=f"another {', another '.join(changed)} than in its manifest.json",
-            expected=f"{config.model} and {', '.join(config.data)} as they were",
+            expected=f"{config.model}, {', '.join(config.data)} and the reward as they were",
             todo="Put them back, move that run away to train anew, or choose another out.",
         )
-    return run
+    if run.finished:
+        return run
+    del run
+    resume(out)
+    return RunFolder.open(out)
 
 
 class _Bench:
@@ -208,12 +215,14 @@ def measure_arm(config: FrontierConfig, seed: Seed, arm: Arm) -> list[Point]:
         learned=seed.learned,
         out=seed.folder / arm.folder,
     )
-    run = _trained(arm.method.recipe, training)
+    bench = _Bench(config, seed)
+    reward = bench.opened(str(training.reward)).fingerprint if isinstance(training, PPOConfig) else None
+    run = _trained(arm.method.recipe, training, reward)
     last, every = _last_step(run), training.save_every or 1
     saved = {event["step"] for event in run.events() if event["event"] == "saved"}
     # An interruption saves too, and is no reason for another point.
     steps = sorted(step for step in saved if step % every == 0 or step == last)
-    points = _measure_steps(_Bench(config, seed), arm.method.name, arm.label, run, steps)
+    points = _measure_steps(bench, arm.method.name, arm.label, run, steps)
     if not config.evaluate.keep_checkpoints:
         for path in run.checkpoints.glob("step-*"):
             if path.name != f"step-{last:06d}":
@@ -232,14 +241,20 @@ def measure_run(config: FrontierConfig, seeds: Sequence[Seed], method: MethodCon
     mine = [bench for bench in benches if bench.start.fingerprint == run.manifest["model"]]
     own = [bench for bench in mine if bench.seed.number == run.config_dict.get("seed")]
     bench = next(iter(own or mine), None)
-    if bench is None or not run.finished:
+    steps = sorted(int(p.name.removeprefix("step-")) for p in run.checkpoints.glob("step-*"))
+    wrong = {
+        "a reward model": run.recipe == "reward",
+        "a run that began at another model": bench is None,
+        "a run that is not finished": not run.finished,
+        "a run without checkpoints": not steps,
+    }
+    if bench is None or any(wrong.values()):
         raise RunError(
             "This run cannot be measured here.",
             where=f"{path}, of method {method.name}",
-            got="a run that is not finished" if bench is not None else "a run that began at another model",
+            got=next(what for what, holds in wrong.items() if holds),
             expected="a finished run that began at " + " or ".join(dict.fromkeys(seed.model for seed in seeds)),
         )
-    steps = sorted(int(p.name.removeprefix("step-")) for p in run.checkpoints.glob("step-*"))
     return _measure_steps(bench, method.name, path.name, run, steps)
 
 

@@ -70,5 +70,5 @@ def value_model(config: PPOConfig, loaded: LoadedModel, path: Path, steps: int) 
     head.requires_grad_(False)
     with torch.no_grad():
         value.head.weight.copy_(head.weight)
-        value.head.bias.fill_(reward.bias)
+        value.head.bias.fill_(reward.bias + (0.0 if head.bias is None else float(head.bias)))
     return value

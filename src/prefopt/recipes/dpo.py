@@ -202,14 +202,16 @@ class _Selection:
     def __init__(self, config: DPOConfig) -> None:
         self._terms, self._over = config.terms, config.over
         self.soft = False
+        self._margin = False  # seen in a row
 
     def __call__(self, records: Iterable[Record]) -> Iterator[Record]:
         for record in records:
             if isinstance(record, Comparison | Rating) and record.probability != 1:
                 self._need(record, ("soft_labels", "chosen_wins"), f"probability {record.probability:g}")
                 self.soft = True
-            if isinstance(record, Comparison) and record.margin:
-                self._need(record, (), f"margin {record.margin:g}", "no margin, or `prefopt reward`, which has one")
+            if isinstance(record, Comparison) and record.margin and not self._margin:
+                self._margin = True
+                say("margin: a column of `prefopt reward`; it is left aside here")
             if isinstance(record, Comparison) and self._over == "rankings":
                 record = Ranking(
                     record.prompt, (record.chosen, record.rejected), record.source, record.weight, record.cut
@@ -237,13 +239,7 @@ class _Selection:
             todo=todo,
         )
 
-    def _need(
-        self,
-        record: Record,
-        tensors: tuple[str, ...],
-        got: str,
-        expected: str = "1, or a loss whose equation has one, such as dpo",
-    ) -> None:
+    def _need(self, record: Record, tensors: tuple[str, ...], got: str) -> None:
         """That every term has a place for what the row brings along."""
         for term in self._terms:
             if inputs_of([term]).isdisjoint(tensors):
@@ -252,7 +248,7 @@ class _Selection:
                     f"The loss {term.name} has no place for a row's {column}.",
                     where=str(record.source),
                     got=got,
-                    expected=expected,
+                    expected="1, or a loss whose equation has one, such as dpo",
                     todo=f"Take another loss, or leave the column {column} out.",
                 )
 

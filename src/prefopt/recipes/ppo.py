@@ -5,10 +5,12 @@ A step of the run is one batch of samples: drawn, scored, and trained on for `pp
 the samples of a prompt share it.
 """
 
+import torch
+
 from prefopt.config import PPOConfig
 from prefopt.errors import ConfigError
 from prefopt.model.adapter import check_targets
-from prefopt.model.load import LoadedModel, load_reference
+from prefopt.model.load import load_reference
 from prefopt.model.values import value_model
 from prefopt.outcome import Sampler, finish
 from prefopt.progress import say, warn
@@ -32,6 +34,8 @@ from prefopt.train.loop import Objective, fit, total_steps
 __all__ = ["train"]
 
 _ADAM_EPS = 1e-5  # Huang et al. 2024 (arXiv 2403.17031): RLHF's reference code, and better for it than 1e-8
+# Of the first ratios, which are 1: what rounding makes of single tokens.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
 
 
 def train(config: PPOConfig, resumed: RunFolder | None = None) -> RunFolder:
@@ -46,7 +50,9 @@ def train(config: PPOConfig, resumed: RunFolder | None = None) -> RunFolder:
     reward = open_reward(config.reward, device=device, dtype=dtype)
     loaded, renderer = load(config, dtype, device)
     check_targets(loaded.model, config.lora_targets)
-    _say_tokenizer(reward.tokenizer_fingerprint, loaded, config)
+    _check_value(config, reward)
+    if reward.tokenizer_fingerprint not in (None, loaded.tokenizer_fingerprint):
+        say("the reward model has a tokenizer of its own: it reads the samples as text")
     prompts = read_prompt_groups(config, loaded.model, renderer, new_tokens=config.max_new_tokens)
     rows = split_rows(config, prompts.groups, prompts.audit)
     reference = load_reference(config.reference, loaded, dtype, device) if config.reference else loaded
@@ -66,6 +72,7 @@ def train(config: PPOConfig, resumed: RunFolder | None = None) -> RunFolder:
         config, run, loaded, reference, path.path, reference_path.path, value, renderer, reward, prompts.contents, steps
     )
     health = begin_health(run, rows, None, resumed=resumed is not None)
+    health.ratio_tolerance = _TOLERANCE[dtype]
 
     blank = Rollout.blank(rows.train, config, device)
     budget = training_budget(
@@ -76,8 +83,6 @@ def train(config: PPOConfig, resumed: RunFolder | None = None) -> RunFolder:
         blank.groups,
         device,
     )
-    if config.normalize_reward:
-        learner.normalize(rows.train[: config.batch_prompts], budget)
     steps = fit(
         run,
         config,
@@ -94,6 +99,7 @@ def train(config: PPOConfig, resumed: RunFolder | None = None) -> RunFolder:
             several=True,
             enough=learner.far,
             note=lambda metrics: f"reward {metrics['reward']:.3f}, KL {metrics['kl']:.2f}",
+            begin=lambda: learner.normalize(rows.train[: config.batch_prompts], budget),
             kept=learner.kept,
         ),
         learner.networks,
@@ -114,11 +120,9 @@ def _made_of(reward: Reward, resumed: RunFolder | None) -> str:
     return str(resumed.manifest["reward"])
 
 
-def _say_tokenizer(theirs: str | None, loaded: LoadedModel, config: PPOConfig) -> None:
-    """A reward model with another tokenizer is fine: it is given text."""
-    if theirs is not None and theirs != loaded.tokenizer_fingerprint:
-        say("the reward model has a tokenizer of its own: it reads the samples as text")
-    if config.value_from == "reward" and theirs is None:
+def _check_value(config: PPOConfig, reward: Reward) -> None:
+    """That the reward is a model where the value model is to start as one."""
+    if config.value_from == "reward" and reward.tokenizer_fingerprint is None:
         raise ConfigError(
             "The value model cannot start as the reward model.",
             where="value_from",

@@ -35,6 +35,8 @@ from prefopt.train.step import evaluate_loss, one_step
 
 __all__ = ["train"]
 
+_NO_SPREAD = 1e-8  # of the mean: what rounding makes of scores that are all alike
+
 
 def train(config: RewardConfig, resumed: RunFolder | None = None) -> RunFolder:
     """Read pairs and rankings, train a scoring head and the model under it, normalise, save and report.
@@ -189,7 +191,7 @@ def _normalize(
     middle = float(scores[:, 0].mean())
     if config.normalize == "scale":
         middle, deviation = float(known.mean()), float(known.std())
-        if deviation == 0:
+        if deviation <= _NO_SPREAD * max(1.0, abs(middle)):
             raise RewardError(
                 "The reward model gives every completion the same score.",
                 where=f"{len(known):,} completions of the training rows",

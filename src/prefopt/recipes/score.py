@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ def _rewards(config: ScoreConfig, dtype: torch.dtype, device: torch.device) -> t
     assert config.reward_model is not None
     loaded = load_reward_model(config.reward_model, dtype=dtype, device=device, template=config.template)
     introduce(config.reward_model, loaded.model, loaded.renderer)
-    groups, _ = read_groups(config, loaded.model, loaded.renderer, _any)
+    groups, _ = read_groups(config, loaded.model, loaded.renderer, _finished)
     path = check_path(loaded.model, groups, device, choose_score_path).path
     scores = _of_groups(config, groups, lambda batch: sequence_scores(loaded.model, batch, path), "score", device)
     return groups, {"scores": scores, "rewards": scores + loaded.bias}
@@ -75,6 +76,11 @@ def _rewards(config: ScoreConfig, dtype: torch.dtype, device: torch.device) -> t
 
 def _any(records: Iterable[Record]) -> Iterable[Record]:
     return records
+
+
+def _finished(records: Iterable[Record]) -> Iterator[Record]:
+    """A reward is of a completion with its end, also where it broke off: as in training, and everywhere else."""
+    return (replace(record, cut=()) for record in records)
 
 
 @torch.no_grad()

@@ -36,7 +36,8 @@ class _Spot:
 
     method: str
     setting: str
-    step: int
+    step: str
+    last: bool
     reward: Interval
     kl: Interval
     tokens: float
@@ -131,15 +132,12 @@ class FrontierReport:
             kept = ", its last" if a.reach < end else ""
             lines.append(f"| {_cell(a.method)} | {a.seeds} | {a.points} | {a.area} | {a.best} | {a.reach:.2f}{kept} |")
         lines += ["", *[f"- {difference.sentence}" for difference in self.differences]]
-        lines += ["", "| method | setting | step | mean true reward | KL, nats | tokens |", "|---|---|---|---|---|---|"]
-        last = {(spot.method, spot.setting): spot for spot in self._spots}  # steps ascend
-        for spot in last.values():
+        lines += ["", "| method | setting | seeds | step | mean true reward | KL, nats | tokens |", "|---" * 7 + "|"]
+        for spot in (spot for spot in self._spots if spot.last):
             at_most = "at most " if spot.bound else ""
             kl = f"{at_most}{spot.kl.value:.2f}" if spot.bound or not spot.kl.value else str(spot.kl)
-            step = str(spot.step or "")
-            lines.append(
-                f"| {_cell(spot.method)} | {_cell(spot.setting)} | {step} | {spot.reward} | {kl} | {spot.tokens:.1f} |"
-            )
+            what = f"{_cell(spot.method)} | {_cell(spot.setting)} | {spot.seeds} | {spot.step}"
+            lines.append(f"| {what} | {spot.reward} | {kl} | {spot.tokens:.1f} |")
         return "\n".join([*lines, "", self._estimators()]) + "\n"
 
     def _estimators(self) -> str:
@@ -148,8 +146,8 @@ class FrontierReport:
         bounds = sorted({spot.method for spot in self._spots if spot.bound})
         sentences = [
             f"Reward: `{self.config.reward}`, mean over {len(self.points[0].reward)} test prompts x {asked.samples} "
-            f"fresh samples of at most {asked.max_new_tokens} tokens, and over seed{'s' if len(seeds) > 1 else ''} "
-            f"{', '.join(map(str, seeds))}.",
+            f"fresh samples of at most {asked.max_new_tokens} tokens at temperature 1, and over "
+            f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}.",
             "KL: to the start, the exact KL of the next-token distributions summed along these samples.",
             "A frontier is the best reward at no more than a KL; a method whose last gain is before the range's end "
             "keeps its last value there.",
@@ -167,16 +165,25 @@ class FrontierReport:
 
     @cached_property
     def _spots(self) -> list[_Spot]:
-        """Every checkpoint, in the order of the configuration, steps ascending; the start first."""
-        groups: dict[tuple[str, str, int], list[Point]] = defaultdict(list)
-        for point in self.points:
-            groups[point.method, point.setting, point.step].append(point)
+        """Every checkpoint, in the order of the configuration, steps ascending; the start first.
+
+        Last checkpoints belong together though their steps may differ by seed, with the rows there are.
+        """
+        ends: dict[tuple[str, str, int], int] = {}
+        for p in self.points:
+            ends[p.method, p.setting, p.seed] = max(p.step, ends.get((p.method, p.setting, p.seed), 0))
+        groups: dict[tuple[str, str, bool, int], list[Point]] = defaultdict(list)
+        for p in self.points:
+            last = p.step == ends[p.method, p.setting, p.seed]
+            groups[p.method, p.setting, last, 0 if last else p.step].append(p)
         order = [_START, *self.methods]
         found = []
-        for (method, setting, step), some in groups.items():
+        for (method, setting, last, _), some in groups.items():
+            steps = sorted({p.step for p in some})
+            step = "" if steps == [0] else str(steps[0]) if len(steps) == 1 else f"{steps[0]}\N{EN DASH}{steps[-1]}"
             reward, kl = (mean_over(np.stack([getattr(p, name) for p in some])) for name in ("reward", "kl"))
             tokens = float(np.mean([p.tokens for p in some]))
-            found.append(_Spot(method, setting, step, reward, kl, tokens, len(some), some[0].bound))
+            found.append(_Spot(method, setting, step, last, reward, kl, tokens, len(some), some[0].bound))
         return sorted(found, key=lambda spot: order.index(spot.method))
 
     def svg(self) -> bytes:

@@ -172,7 +172,7 @@ _PLANS = (
     ),
 )
 _TOLD_ELSEWHERE = {
-    *("step", "split", "pairs", "rows", "prompts", "peak_memory_bytes", "updates", "ratio/first"),
+    *("step", "split", "pairs", "rows", "prompts", "peak_memory_bytes", "updates", "ratio/first", "ratio/sampled"),
     *("pairs_per_second", "rows_per_second", "prompts_per_second"),
     *("accuracy", "accuracy/low", "accuracy/high"),  # the outcome says them
 }

@@ -30,9 +30,8 @@ _ACCURACY_FALL = 0.03
 _PAIRS_FALL = 2
 # Held-out loss must rise by more than this share above its best. The same rows every time: no sampling noise.
 _LOSS_RISE = 0.02
-# What was sampled is probable by the same factor when it is first trained on: exactly 1 on a CPU. A forgotten
-# temperature, dropout or stale weights move single tokens by far more than this; a GPU's bfloat16 has room in it.
-_FIRST_RATIO = 0.1
+# The sampler decodes token by token, which rounds otherwise than a whole forward pass does.
+_DECODING = 10
 # Sampled completions may grow by half before it is called drift: a few samples vary by that much less.
 _LENGTH_DRIFT = 1.5
 # Up to this share of cut rows is the usual long tail.
@@ -54,9 +53,11 @@ class Health:
 
     Attributes:
         beta: DPO's, whose loss is ln 2 before any update; None for other recipes.
+        ratio_tolerance: How far PPO's first ratios may be from 1: what the arithmetic rounds.
     """
 
     beta: float | None = None
+    ratio_tolerance: float = 1e-3
     _said: set[str] = field(default_factory=set)
     _first: dict[str, dict[str, float | int]] = field(default_factory=dict)
     _recent: dict[str, deque[float | int]] = field(default_factory=dict)
@@ -180,15 +181,16 @@ class Health:
         return f"the held-out loss rose from {self._best_loss:.3f} to {loss:.3f} while the training loss fell"
 
     def _first_ratio(self, metrics: Mapping[str, float | int]) -> list[tuple[str, str]]:
-        ratio = metrics.get("ratio/first", 1.0)
-        if abs(ratio - 1) <= _FIRST_RATIO:
+        """1 before any step: of the first minibatch to the scores of the rollout, and of these to the sampler."""
+        first, sampled = metrics.get("ratio/first", 1.0), metrics.get("ratio/sampled", 1.0)
+        if abs(first - 1) <= self.ratio_tolerance and abs(sampled - 1) <= _DECODING * self.ratio_tolerance:
             return []
         return [
             (
                 "first_ratio",
-                f"before any step on them, samples are probable by up to {ratio:.2f} times what they were drawn with, "
-                "not 1: what samples is not what is trained, so these updates are not PPO's; try --dtype float32, and "
-                "please report it if that does not help.",
+                f"before any step on them, samples are probable by up to {max(first, sampled):.3g} times what they "
+                "were drawn with, not 1: what samples is not what is trained, so these updates are not PPO's; try "
+                "--dtype float32, and please report it if that does not help.",
             )
         ]
 

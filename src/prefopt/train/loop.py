@@ -57,6 +57,7 @@ class Objective:
             weights, so the state is not saved then, and a resumption goes on from the last checkpoint. A reward
             is asked before the first of them.
         enough: Why the run ends with the step whose metrics these are; None: it goes on.
+        begin: Is called once, before the first step of a run that no checkpoint goes on with.
         prepare: Is given the rows of a training step before it is computed.
         learn: Is given the metrics of every training step, those before a resumption first.
         note: What the progress bar says of a step's metrics.
@@ -74,6 +75,7 @@ class Objective:
     lr_factors: Mapping[str, float] = field(default_factory=dict)
     several: bool = False
     enough: Callable[[Mapping[str, Any]], str | None] = lambda _: None
+    begin: Callable[[], None] = lambda: None
     prepare: Callable[[Sequence[CompletionGroup]], None] = lambda _: None
     learn: Callable[[Mapping[str, Any]], None] = lambda _: None
     note: Callable[[Mapping[str, Any]], str] = lambda metrics: f"loss {metrics['loss']:.4f}"
@@ -139,6 +141,8 @@ def fit(
     )
     state = _State(run, config, policy, masters, optimizer, objective.kept)
     start = state.restore()
+    if not start:
+        objective.begin()
     budget = state.tokens_per_batch = min(objective.tokens_per_batch, state.tokens_per_batch)
     if start or run.metrics():
         run.rewind(start)
