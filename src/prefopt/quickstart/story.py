@@ -31,7 +31,10 @@ _TEST_PROMPTS, _TEST_SAMPLES = 200, 4
 _NEW_TOKENS = 48
 _OPENINGS = 1000  # of the frontier: its models begin at the SFT model, which knows none of them
 _DPO = {"lr": 1e-3, "batch_pairs": 32}
-_PPO = {"lr": 1e-3, "batch_prompts": 32, "epochs": 4, "save_every": 8, "kl_horizon": 500}
+_PPO = {
+    **{"lr": 5e-4, "value_lr": 2e-3, "lam": 1.0, "ppo_epochs": 2, "minibatches": 2, "kl_coef": 0.1},
+    **{"batch_prompts": 32, "epochs": 4, "save_every": 7, "kl_horizon": 300},
+}
 
 
 def run_story(out: Path, seed: int) -> Path:
@@ -95,8 +98,10 @@ def run_story(out: Path, seed: int) -> Path:
 
 
 def _frontier(start: Path, out: Path, seed: int) -> FrontierReport:
-    """How much reward a few settings of three methods buy for their KL."""
-    say("and a small frontier: DPO, PPO on the truth itself and Best-of-N, reward against KL")
+    """How much reward a few settings of each method buy for their KL; configs/sentiment/grammar.yaml has them all."""
+    say(
+        "and a small frontier, reward against KL: DPO, PPO, unlikelihood, Preferred-FT and Best-of-N, a few settings each"
+    )
     config = FrontierConfig.model_validate(
         {
             "out": out / "frontier",
@@ -105,10 +110,19 @@ def _frontier(start: Path, out: Path, seed: int) -> FrontierReport:
             "reward": "prefopt.quickstart.corpus:ground_truth",
             "prompts": {"data": str(out / "openings.jsonl"), "train": 200, "test": 100},
             "pairs": {"samples": 4, "max_new_tokens": _NEW_TOKENS},
+            "reward_model": {"lr": 1e-3, "epochs": 2},
             "evaluate": {"samples": 4, "max_new_tokens": _NEW_TOKENS, "every": 10},
             "methods": [
                 {"name": "DPO", "recipe": "dpo", "settings": _DPO, "sweep": {"beta": [0.1, 0.3, 1.0]}},
+                {"name": "PPO", "recipe": "ppo", "reward": "learned", "settings": _PPO, "sweep": {"target_kl": [6.0]}},
                 {"name": "PPO-GT", "recipe": "ppo", "reward": "truth", "settings": _PPO, "sweep": {"target_kl": [6.0]}},
+                {
+                    "name": "Unlikelihood",
+                    "recipe": "dpo",
+                    "settings": {**_DPO, "loss": "unlikelihood"},
+                    "sweep": {"loss_options.alpha": [0.1, 0.5]},
+                },
+                {"name": "Preferred-FT", "recipe": "sft", "settings": {"lr": 1e-3}},
                 {"name": "Best-of-N", "recipe": "best_of_n", "reward": "truth", "n": [4, 16]},
             ],
         }
