@@ -99,9 +99,7 @@ def run_story(out: Path, seed: int) -> Path:
 
 def _frontier(start: Path, out: Path, seed: int) -> FrontierReport:
     """How much reward a few settings of each method buy for their KL; configs/sentiment/grammar.yaml has them all."""
-    say(
-        "and a small frontier, reward against KL: DPO, PPO, unlikelihood, Preferred-FT and Best-of-N, a few settings each"
-    )
+    say("and a small frontier, reward against KL: a few settings of every method")
     config = FrontierConfig.model_validate(
         {
             "out": out / "frontier",
