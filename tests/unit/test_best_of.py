@@ -122,7 +122,7 @@ def test_the_command_prints_a_table(folder: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("arguments", "what", "more"),
     [
-        (["--n", "4", "0"], "n is not right.", "greater than or equal to 1"),
+        (["--n", "4", "0"], "n[1] is not right.", "greater than or equal to 1"),
         (["--n", "4", "--samples", "3"], "samples must be at least 4, the most of n.", "flag --samples"),
         (["--n", "4", "--temperature", "0"], "temperature is not right.", "greater than 0"),
         (["--n", "4", "--true-reward", "nowhere:f"], "There is no module 'nowhere'.", "reward nowhere:f"),

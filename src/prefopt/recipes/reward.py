@@ -144,7 +144,7 @@ def _loss(config: RewardConfig, batch: PackedBatch, scores: Float[Tensor, " sequ
 
 
 def _table(
-    kept: Iterable[tuple[Sequence[CompletionGroup], Float[Tensor, " sequences"]]], groups: GroupStore
+    kept: Iterable[tuple[Sequence[CompletionGroup], Float[Tensor, " _"]]], groups: GroupStore
 ) -> Float64[np.ndarray, "stored most"]:
     """Scores of each group by its place; NaN where there is none."""
     found = np.full((len(groups), int(groups.completions.max())), np.nan)
