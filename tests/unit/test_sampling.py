@@ -144,7 +144,8 @@ def test_chat_answers_piped_lines(
 
 
 def test_the_story_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"_TEXTS": 300, "_DEMONSTRATIONS": 60, "_PROMPTS": 40, "_TEST_PROMPTS": 10}.items():
+    sizes = {"_TEXTS": 300, "_DEMONSTRATIONS": 60, "_PROMPTS": 40, "_TEST_PROMPTS": 10}
+    for name, value in {**sizes, "_FRONTIER_PROMPTS": 12, "_FRONTIER_TEST": 4}.items():
         monkeypatch.setattr(story, name, value)
     monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "cache"))
     report = story.run_story(tmp_path / "story", seed=1)

@@ -29,6 +29,7 @@ _TEXTS, _DEMONSTRATIONS = 4000, 600
 _PROMPTS, _SAMPLES = 800, 4
 _TEST_PROMPTS, _TEST_SAMPLES = 200, 4
 _NEW_TOKENS = 48
+_FRONTIER_PROMPTS, _FRONTIER_TEST = 200, 100
 _OPENINGS = 1000  # of the frontier: its models begin at the SFT model, which knows none of them
 _DPO = {"lr": 1e-3, "batch_pairs": 32}
 _PPO = {
@@ -106,7 +107,7 @@ def _frontier(start: Path, out: Path, seed: int) -> FrontierReport:
             "seeds": (seed,),
             "model": str(start),
             "reward": "prefopt.quickstart.corpus:ground_truth",
-            "prompts": {"data": str(out / "openings.jsonl"), "train": 200, "test": 100},
+            "prompts": {"data": str(out / "openings.jsonl"), "train": _FRONTIER_PROMPTS, "test": _FRONTIER_TEST},
             "pairs": {"samples": 4, "max_new_tokens": _NEW_TOKENS},
             "reward_model": {"lr": 1e-3, "epochs": 2},
             "evaluate": {"samples": 4, "max_new_tokens": _NEW_TOKENS, "every": 10},
