@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from prefopt.atomic import allowed, sync_folder, write_together
 from prefopt.errors import NonFiniteError, RunError
 from prefopt.progress import warn
 
@@ -41,15 +42,6 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync_folder(path: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_atomically(path: Path, content: bytes | Iterable[bytes]) -> None:
     """`path` holds all of `content`, given whole or in pieces, or what it held before, whatever happens.
 
@@ -58,28 +50,7 @@ def write_atomically(path: Path, content: bytes | Iterable[bytes]) -> None:
     Raises:
         RunError: `path` is a folder or a device, which cannot be replaced whole.
     """
-    path = path.resolve()
-    if path.exists() and not path.is_file():
-        raise RunError(
-            "The output cannot be written here.",
-            where=str(path),
-            got="a folder" if path.is_dir() else "a pipe or a device",
-            expected="a file, or a name that is free",
-            todo="Choose another --out.",
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.writelines([content] if isinstance(content, bytes) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, _allowed(0o666))  # mkstemp makes private files; this one is as any other
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    write_together({path: content})
 
 
 @dataclass(frozen=True)
@@ -117,7 +88,7 @@ class RunFolder:
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
         try:
-            draft.chmod(_allowed(0o777))
+            draft.chmod(allowed(0o777))
             write_atomically(draft / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False).encode())
             # Names in the configuration may be relative: to this folder.
             facts = {"recipe": recipe, "created": _now(), "folder": str(Path.cwd()), **manifest}
@@ -314,12 +285,6 @@ def _plain(config: BaseModel) -> dict[str, Any]:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def _allowed(mode: int) -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return mode & ~umask
 
 
 def _contents(path: Path) -> str:

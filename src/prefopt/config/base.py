@@ -17,7 +17,7 @@ class Config(BaseModel):
         kind = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and kind not in (bool, bool | None):  # pydantic takes true for 1
             raise ValueError("a value that is neither true nor false (in YAML yes, no, on and off mean these, too)")
-        if isinstance(value, str) and info.field_name in ("data", "lora_targets", "prompts"):
+        if isinstance(value, str) and info.field_name in ("data", "lora_targets", "prompts", "against"):
             return (value,)
         if value == "auto" and info.field_name == "tokens_per_batch":
             return None

@@ -70,6 +70,30 @@ class CheckConfig(RowsConfig):
     prompts: Annotated[
         bool, Field(description="Look at prompts alone, as `prefopt ppo` takes them: completions may be missing.")
     ] = False
+    against: Annotated[
+        tuple[str, ...] | None,
+        Field(description="Evaluation sets whose prompts must not be in the data: MT-Bench, AlpacaEval, any layout."),
+    ] = None
+    report: Annotated[Path | None, Field(description="Page of everything found to write, FILE.html.")] = None
+    write: Annotated[
+        Path | None,
+        Field(
+            description="FILE.jsonl to write with the usable rows but near duplicates and leaks; those left out are "
+            "listed in FILE.jsonl.dropped.jsonl."
+        ),
+    ] = None
+
+    @model_validator(mode="after")
+    def _outputs_are_new_files(self) -> "CheckConfig":
+        for name, path, suffix in (("report", self.report, ".html"), ("write", self.write, ".jsonl")):
+            if path is not None and path.suffix != suffix:
+                raise ValueError(f"{name} has to end in {suffix}, and {path} does not")
+        if self.write is not None:
+            target = self.write.resolve()
+            for source in map(Path, (*self.data, *(self.against or ()))):
+                if source.resolve() in (target, *target.parents):
+                    raise ValueError(f"write would change {source}, which is read; name a file elsewhere")
+        return self
 
     @model_validator(mode="after")
     def _tokens_need_a_model(self) -> "CheckConfig":

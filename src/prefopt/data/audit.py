@@ -114,6 +114,14 @@ class Audit:
             total[reason] += count
         return dict(total.most_common())
 
+    def refusals(self, source: Source) -> list[str]:
+        """Why a row is refused, every reason; empty if it is used."""
+        bits = self._found.get(source.file, ())
+        known = bits[source.row] if source.row < len(bits) else 0
+        if not known & _REFUSED:
+            return []
+        return [name for name, bit in self._reason_bits.items() if known & bit and ("refused", name) in self._counts]
+
     @property
     def findings(self) -> list[Finding]:
         """What was found, in the order found; at most the first 1000 per state and reason."""

@@ -73,11 +73,11 @@ def is_data_file(path: Path) -> bool:
     return bool(_suffix(path)) and path.name not in ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 
 
-def file_rows(path: Path, columns: frozenset[str] = frozenset()) -> Iterator[RawRow]:
+def file_rows(path: Path, columns: frozenset[str] | None = frozenset()) -> Iterator[RawRow]:
     """Rows of one data file, one at a time.
 
     Args:
-        columns: Columns of a table file to read besides those we know by name.
+        columns: Columns of a table file to read besides those we know by name; None: all there are.
 
     Raises:
         DataError: unknown suffix, empty, unreadable, damaged, or beyond a size limit.
@@ -95,7 +95,7 @@ def file_rows(path: Path, columns: frozenset[str] = frozenset()) -> Iterator[Raw
         if path.stat().st_size == 0:
             raise DataError("The data file is empty.", where=str(path), got="0 bytes", expected="rows")
         if suffix in _TABLE_SUFFIXES:
-            yield from _table_file_rows(path, suffix, RECOGNISED | columns)
+            yield from _table_file_rows(path, suffix, None if columns is None else RECOGNISED | columns)
         else:
             yield from _text_rows(path, suffix)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -290,10 +290,10 @@ def _cell(cell: str) -> Any:
     return cell
 
 
-def _table_file_rows(path: Path, suffix: str, wanted: frozenset[str]) -> Iterator[RawRow]:
+def _table_file_rows(path: Path, suffix: str, wanted: frozenset[str] | None) -> Iterator[RawRow]:
     if suffix == ".parquet":
         with pq.ParquetFile(path) as parquet:
-            names = [n for n in parquet.schema_arrow.names if n in wanted]
+            names = [n for n in parquet.schema_arrow.names if wanted is not None and n in wanted]
             yield from table_rows(parquet.iter_batches(_BATCH, columns=names or None))
         return
     with pa.memory_map(str(path)) as source:

@@ -15,7 +15,7 @@ from prefopt.data.spool import Records, Seen, identity
 from prefopt.errors import ConfigError, DataError
 from prefopt.records import Content, Record, Source
 
-__all__ = ["read_prompts", "read_records"]
+__all__ = ["read_prompts", "read_records", "read_rows"]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=[^a-z]|$)")
@@ -95,6 +95,15 @@ def read_prompts(
     return list(found.values())
 
 
+def read_rows(sources: Sequence[str], *, split: str | None = None) -> Iterator[tuple[Source, RawRow]]:
+    """Every row of all sources with every column it has, under the data's own names; faulty rows too.
+
+    Arguments and errors as for `read_records`, whose rows they are, in the same order.
+    """
+    for name in sources:
+        yield from _rows(name, split, None)
+
+
 def _all_rows(sources: Sequence[str], split: str | None, mapping: "_Mapping") -> Iterator[tuple[Source, RawRow]]:
     """Rows of all sources; what is wrong with a source, the split or the mapping is raised on the way."""
     if split and all(Path(source).is_file() for source in sources):
@@ -103,7 +112,7 @@ def _all_rows(sources: Sequence[str], split: str | None, mapping: "_Mapping") ->
         )
     for name in sources:
         empty = True
-        for row in _rows(name, split, mapping):
+        for row in _rows(name, split, mapping.theirs):
             empty = False
             yield row
         if empty:
@@ -237,18 +246,18 @@ class _Collected:
         return text
 
 
-def _rows(name: str, split: str | None, mapping: _Mapping) -> Iterator[tuple[Source, RawRow]]:
-    """Rows of one source, whatever it is."""
+def _rows(name: str, split: str | None, wanted: frozenset[str] | None) -> Iterator[tuple[Source, RawRow]]:
+    """Rows of one source, whatever it is; of tables the `wanted` columns and those we know by name, None: all."""
     path = Path(name)
     if path.is_dir() and any((path / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
-        yield from _saved_dataset(path, split, mapping)
+        yield from _saved_dataset(path, split, wanted)
     elif path.is_dir():
         for file in _folder_files(path, split):
-            yield from _file(file, mapping)
+            yield from _file(file, wanted)
     elif path.exists():
-        yield from _file(path, mapping)
+        yield from _file(path, wanted)
     elif _HUB_NAME.fullmatch(name) and not is_data_file(path) and path.suffix != ".gz" and not path.parent.exists():
-        yield from _hub_dataset(name, split, mapping)
+        yield from _hub_dataset(name, split, wanted)
     else:
         raise DataError(
             "The data file does not exist.",
@@ -265,8 +274,8 @@ def _neighbours(path: Path) -> str:
     return f"; there are {', '.join(names[:5])}" + (", ..." if len(names) > 5 else "") if names else ""
 
 
-def _file(path: Path, mapping: _Mapping) -> Iterator[tuple[Source, RawRow]]:
-    for raw in file_rows(path, mapping.theirs):
+def _file(path: Path, wanted: frozenset[str] | None) -> Iterator[tuple[Source, RawRow]]:
+    for raw in file_rows(path, wanted):
         yield Source(str(path), raw.row, raw.line), raw
 
 
@@ -312,17 +321,17 @@ def _no_split(where: str, split: str | None, known: Sequence[str]) -> DataError:
     )
 
 
-def _saved_dataset(path: Path, split: str | None, mapping: _Mapping) -> Iterator[tuple[Source, RawRow]]:
+def _saved_dataset(path: Path, split: str | None, wanted: frozenset[str] | None) -> Iterator[tuple[Source, RawRow]]:
     import datasets  # slow to import, and most data is plain files
 
     try:
         dataset = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError("The datasets folder cannot be read.", where=str(path), got=f"{error!s:.300}") from error
-    yield from _dataset_rows(dataset, str(path), split, mapping)
+    yield from _dataset_rows(dataset, str(path), split, wanted)
 
 
-def _hub_dataset(name: str, split: str | None, mapping: _Mapping) -> Iterator[tuple[Source, RawRow]]:
+def _hub_dataset(name: str, split: str | None, wanted: frozenset[str] | None) -> Iterator[tuple[Source, RawRow]]:
     import datasets
 
     try:
@@ -335,10 +344,12 @@ def _hub_dataset(name: str, split: str | None, mapping: _Mapping) -> Iterator[tu
             expected=f"a file ({ACCEPTED}), a folder of them, a datasets folder, or a hub name (owner/name)",
             todo="Check the spelling and the connection; downloaded data can be named by its files.",
         ) from error
-    yield from _dataset_rows(dataset, name if split is None else f"{name}[{split}]", None, mapping)
+    yield from _dataset_rows(dataset, name if split is None else f"{name}[{split}]", None, wanted)
 
 
-def _dataset_rows(dataset: Any, name: str, split: str | None, mapping: _Mapping) -> Iterator[tuple[Source, RawRow]]:
+def _dataset_rows(
+    dataset: Any, name: str, split: str | None, wanted: frozenset[str] | None
+) -> Iterator[tuple[Source, RawRow]]:
     """Rows of a `Dataset`, or of the one split of a `DatasetDict`."""
     import datasets
 
@@ -349,7 +360,7 @@ def _dataset_rows(dataset: Any, name: str, split: str | None, mapping: _Mapping)
         dataset, name = dataset[split], f"{name}[{split}]"
     elif split and str(dataset.split) != split:
         raise _no_split(name, split, [str(dataset.split)] if dataset.split else [])
-    names = [n for n in dataset.column_names if n in RECOGNISED | mapping.theirs]
+    names = [n for n in dataset.column_names if wanted is not None and n in RECOGNISED | wanted]
     table = (dataset.select_columns(names) if names else dataset).with_format("arrow")
     for raw in table_rows(table.iter(1024)):
         yield Source(name, raw.row), raw
