@@ -119,12 +119,12 @@ def quickstart(config: QuickstartConfig, as_json: bool) -> None:
     CheckConfig,
     "  prefopt check pairs.jsonl\n"
     "  prefopt check pairs.jsonl --model models/base --max-length 512\n"
-    "  prefopt check prompts.jsonl --prompts\n"
+    "  prefopt check pairs.jsonl --against mt_bench.jsonl --write clean.jsonl --report found.html\n"
     "  prefopt check table.parquet --columns prompt=question chosen=best rejected=worst --json",
     positional="data",
 )
 def check(config: CheckConfig, as_json: bool) -> None:
-    """The data doctor: which rows would be kept, mended or refused, and why. Nothing is trained."""
+    """The data doctor: which rows would be kept, mended or refused, and what is in them. Nothing is trained."""
     from prefopt.recipes.check import check
 
     if not check(config, as_json=as_json):

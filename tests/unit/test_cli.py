@@ -187,12 +187,14 @@ def test_check_prints_a_table_and_a_verdict(tmp_path: Path, capsys: pytest.Captu
     code, out, _ = run(capsys, "check", str(file))
     assert code == 0
     assert out.startswith("read as preference pairs of text (prompt, chosen, rejected)")
-    assert out.splitlines()[-1] == (
+    table, _, findings = out.partition("\n\nFound in 1 usable rows")
+    assert table.splitlines()[-1] == (
         "1 of 2 rows are usable. Training stops when more than 20% are refused, unless --max-refused is raised."
     )
+    assert "near duplicates" in findings
     code, out, _ = run(capsys, "check", str(file), "--json")
     found = json.loads(out)
-    assert list(found) == ["rows", "kept", "mended", "refused", "reasons", "format"]
+    assert list(found) == ["rows", "kept", "mended", "refused", "reasons", "format", "curation"]
     assert (code, found["rows"], found["kept"], found["refused"]) == (0, 2, 1, 1)
 
 

@@ -88,7 +88,7 @@ def _prompt_texts(values: Any, source: Source) -> list[str]:
         turns = values["turns"]
         if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
             raise Refusal("wrong_type", "turns is not a list of texts")
-        return turns
+        return list(turns)
     if isinstance(values, dict) and "prompt" not in values:
         question = next((values[name] for name in _QUESTIONS if values.get(name)), None)
         if question is not None:

@@ -10,12 +10,12 @@ from jaxtyping import UInt32, UInt64
 
 __all__ = ["WordIds", "run_hashes", "shingles", "whole_hash", "words"]
 
-# Runs of letters and digits; a character by itself in scripts that put no space between words; signs of
-# arithmetic, which make another question of "5 + 3"; pictographs, which may be all that an answer says.
+# Runs of letters and digits; a character by itself in scripts that put no space between words; a sign before a
+# number or a single letter, which makes another question of "5 + 3"; pictographs, which may be all that an answer says.
 _WORD = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
     r"|[^\W_\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+"
-    "|[-+*/=<>^%\u2600-\u27bf\U0001f000-\U0001faff]"
+    r"|[-+*/=<>^%](?=\s?(?:\d|[a-z]\b))|[\u2600-\u27bf\U0001f000-\U0001faff]"
 )
 _MOST_WORDS = 1_000_000  # remembered at a time: about 150 MB
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so no bit of an earlier word is lost
@@ -40,7 +40,7 @@ class WordIds:
         if len(self._known) > _MOST_WORDS:
             self._known.clear()
         known = self._known
-        for word in set(some) - known.keys():
+        for word in {word for word in some if word not in known}:
             known[word] = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
         return np.fromiter(map(known.__getitem__, some), np.uint64, len(some))
 

@@ -18,6 +18,7 @@ from prefopt.data.audit import Audit
 from prefopt.data.prompts import Prompt, prompt_groups
 from prefopt.data.read import read_prompts, read_records, read_rows
 from prefopt.data.tokenize import Renderer, tokenize
+from prefopt.errors import DataError
 from prefopt.model.load import eos_ids, load_config, load_tokenizer, row_positions
 from prefopt.progress import progress, say
 from prefopt.records import Record
@@ -73,6 +74,13 @@ def _look(
                 curation.add(example_of(row.record), row.values, None if counted is None else next(counted))
             if number % _ROWS_TOLD == 0 or number == audit.rows:
                 bar.advance((number - 1) % _ROWS_TOLD + 1)
+    if not config.prompts and curation.rows != audit.rows - audit.refused:
+        raise DataError(
+            "The same rows are read twice.",
+            where=", ".join(config.data),
+            got=f"{audit.rows - audit.refused:,} usable rows, of which {curation.rows:,} stand for themselves",
+            expected="every file once, by itself or in a folder",
+        )
 
 
 def _write(config: CheckConfig, records: Iterable[Record | Prompt], audit: Audit, curation: Curation) -> Written:

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from prefopt.report.plans import Plan, plans_of
 
-__all__ = ["GRID", "INK", "MUTED", "RC", "Panel", "draw_calibration", "draw_panels", "frame", "inline_svg"]
+__all__ = ["GRID", "INK", "LINES", "MUTED", "RC", "Panel", "draw_calibration", "draw_panels", "frame", "inline_svg"]
 
 Metrics = Sequence[Mapping[str, Any]]
 
@@ -28,13 +28,13 @@ _MOST_DOTS = 24  # of a held-out line
 
 # Drawn with these stand-ins, which become CSS variables.
 INK, MUTED, GRID = "#010101", "#020202", "#030303"
-_LINES = ("#040404", "#050505")
+LINES = ("#040404", "#050505")
 _VARIABLES = {
     INK: "var(--ink)",
     MUTED: "var(--muted)",
     GRID: "var(--rule)",
-    _LINES[0]: "var(--first)",
-    _LINES[1]: "var(--second)",
+    LINES[0]: "var(--first)",
+    LINES[1]: "var(--second)",
 }
 RC = {
     "svg.fonttype": "none",
@@ -92,7 +92,7 @@ def draw_calibration(bins: Sequence[Mapping[str, Any]]) -> list[Panel]:
         axes.set_xticks([0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
         axes.plot([0.5, 1], [0.5, 1], color=MUTED, lw=1.0, ls=(0, (1, 2)), zorder=1)
         for one in bins:
-            axes.plot([one["predicted"]] * 2, [one["observed_low"], one["observed_high"]], color=_LINES[0], lw=1.4)
+            axes.plot([one["predicted"]] * 2, [one["observed_low"], one["observed_high"]], color=LINES[0], lw=1.4)
             axes.annotate(
                 f"{one['pairs']:,}",
                 (one["predicted"], one["observed_high"]),
@@ -102,7 +102,7 @@ def draw_calibration(bins: Sequence[Mapping[str, Any]]) -> list[Panel]:
                 color=MUTED,
                 fontsize=9,
             )
-        axes.plot(*zip(*((b["predicted"], b["observed"]) for b in bins), strict=True), "o", color=_LINES[0], ms=5)
+        axes.plot(*zip(*((b["predicted"], b["observed"]) for b in bins), strict=True), "o", color=LINES[0], ms=5)
         axes.set_xlim(0.49, 1.01)
         axes.set_ylim(min(0.4, *(b["observed_low"] for b in bins)) - 0.03, 1.1)
         axes.set_xlabel("predicted", loc="right", labelpad=1, fontsize=10)
@@ -148,7 +148,7 @@ def _panel(plan: Plan, metrics: Metrics, number: int) -> Panel:
         axes = figure.add_axes((0.15, 0.185, 0.625, 0.715))
         frame(axes)
         ends: list[tuple[float, str, str]] = []  # height, text, colour
-        for (name, label), colour, style in zip(plan.lines.items(), _LINES, ("-", (0, (4, 2))), strict=False):
+        for (name, label), colour, style in zip(plan.lines.items(), LINES, ("-", (0, (4, 2))), strict=False):
             train, held_out = _line(metrics, "train", name), _line(metrics, "eval", name)
             if train:
                 bold = held_out is None

@@ -22,7 +22,7 @@ from prefopt.report.curves import draw_calibration, draw_panels
 from prefopt.report.wording import as_clock, as_duration, as_number, as_text, as_value
 from prefopt.run import RunFolder, write_atomically
 
-__all__ = ["write_report"]
+__all__ = ["environment", "write_report"]
 
 _RECIPES = {
     "sft": "Supervised fine-tuning",
@@ -45,7 +45,7 @@ def write_report(run: Path, drawing: Markup | None = None) -> Path:
         RunError: there is no configuration, or a file of the run cannot be read.
     """
     told = _Told.of(run)
-    page = _environment().get_template("page.html").render(**_context(told), drawing=drawing)
+    page = environment().get_template("page.html").render(**_context(told), drawing=drawing)
     target = run / "report.html"
     # A model may emit half a surrogate pair, which no file can hold: it is shown as its escape.
     write_atomically(target, page.encode("utf-8", errors="backslashreplace"))
@@ -138,17 +138,18 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """Templates of this folder, every value escaped and none forgotten."""
+    found = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = as_number
-    environment.filters["value"] = as_value
-    return environment
+    found.filters["number"] = as_number
+    found.filters["value"] = as_value
+    return found
 
 
 def _context(told: _Told) -> dict[str, Any]:
