@@ -52,6 +52,12 @@ def test_data_knows_no_model() -> None:
         assert not any(name.startswith(outside) for name in imports(path)), path
 
 
+def test_curation_knows_no_model() -> None:
+    for path in sources("curate"):
+        outside = ("prefopt.model", "prefopt.train", "prefopt.recipes", "prefopt.losses", "prefopt.report")
+        assert not any(name.startswith(outside) for name in imports(path)), path
+
+
 def test_files_stay_readable() -> None:
     long = {p.name: n for p in sources() if (n := len(p.read_text().splitlines())) > 400}
     assert not long

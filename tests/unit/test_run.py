@@ -71,7 +71,7 @@ def test_another_run_is_never_written_over(tmp_path: Path) -> None:
 
     run.event("finished", step=3)
     assert run.finished
-    with pytest.raises(RunError, match="another place") as caught:
+    with pytest.raises(RunError, match="another --out") as caught:
         RunFolder.refuse_taken(tmp_path / "run")
     assert "resume" not in str(caught.value)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from prefopt.data.turns import clean
 from prefopt.records import Source
 
 __all__ = ["Columns", "Conflict", "Scores", "tone"]
@@ -88,18 +89,19 @@ class Columns:
             return
         scores: dict[str, float] = {}
         critiques: dict[str, str] = {}
-        for column, value in values.items():
-            name = str(column).lower().replace("-", "_").replace(" ", "_")
+        for key, value in values.items():
+            column = clean(str(key), [])
+            name = column.lower().replace("-", "_").replace(" ", "_")
             if value is None:
                 continue
             if (match := _SCORE.fullmatch(name)) is not None:
-                number = self._score(str(column), value)
+                number = self._score(column, value)
                 if number is not None:
                     scores.setdefault(_side(match), number)
             elif (match := _CRITIQUE.fullmatch(name)) is not None and isinstance(value, str):
                 critiques.setdefault(_side(match), value)
             elif _ORIGIN.fullmatch(name):
-                self._origin(str(column), value)
+                self._origin(column, value)
         self._compare(source, scores, critiques)
 
     def _origin(self, column: str, value: Any) -> None:
@@ -108,7 +110,7 @@ class Columns:
         counts = self._origins.setdefault(column, Counter())
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, str | int):
-                counts[str(one)] += 1
+                counts[clean(str(one), [])] += 1
         if len(counts) > _MOST_VALUES:
             self._many.add(column)
             del self._origins[column]

@@ -97,11 +97,9 @@ def _columns(found: Curation) -> Iterator[Line]:
     for name, values in columns.origins.items():
         yield Line(f"column {name}", sum(values.values()), None, _values(values))
     for name, scores in columns.scores.items():
-        low, first, median, third, high = scores.quartiles
         odd = f"; {scores.odd:,} are no number" if scores.odd else ""
-        text = (
-            f"mean {scores.mean:.4g}, sd {scores.sd:.4g}; {low:g} / {first:g} / {median:g} / {third:g} / {high:g}{odd}"
-        )
+        quartiles = ", ".join(f"{value:g}" for value in scores.quartiles)
+        text = f"mean {scores.mean:.4g}, sd {scores.sd:.4g}, minimum to maximum by quartiles {quartiles}{odd}"
         yield Line(f"column {name}", scores.rows, None, text)
     if columns.order:
         first_below = f"; first below: {columns.reversed[0]}" if columns.reversed else ""

@@ -82,7 +82,10 @@ def _drawn(title: str, caption: str, draw: Callable[[Any], None], place: tuple[f
 
 
 def _histogram(title: str, caption: str, values: Any, mean: float, unit: str, label: str) -> Panel:
-    counts, edges = np.histogram(np.asarray(values, np.float64), bins=_BINS)
+    numbers = np.asarray(values, np.float64)
+    whole = (numbers == np.round(numbers)).all() and np.ptp(numbers) < _BINS  # a bar for each number
+    bins = np.arange(numbers.min() - 0.5, numbers.max() + 1) if whole else _BINS
+    counts, edges = np.histogram(numbers, bins)
 
     def draw(axes: Any) -> None:
         axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color=LINES[0], lw=0)
