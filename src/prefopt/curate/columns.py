@@ -31,6 +31,8 @@ _CRITIQUE = re.compile(
 )
 _MOST_VALUES = 1000  # different values counted in a column; more of them are no origin but a text or an id
 
+_MOST = 1e100  # no score is larger; squares of what is less are finite
+
 _BLAME = re.compile(
     r"\b(?:incorrect|inaccurate|irrelevant|unhelpful|misleading|nonsens\w+|fail(?:s|ed) to|does(?: not|n't)"
     r" (?:follow|answer|address)|completely wrong|major (?:errors?|issues?|problems?)|poor(?:ly)?)\b",
@@ -195,4 +197,4 @@ def _number(value: Any) -> float | None:
         number = float(value)
     except (ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) < _MOST else None  # NaN is not less than anything

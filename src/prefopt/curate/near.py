@@ -21,6 +21,7 @@ THRESHOLD = 0.8
 # A band agrees where 4 minima of the prompt and 4 of the completions do. Two rows with index s in both share one of 20
 # bands with probability 1 - (1 - s^8)^20: 0.97 at 0.8, 0.9999 at 0.9.
 _BANDS, _ROWS = 20, 4
+_PIECE = 2**14  # runs hashed together, 80 times 4 bytes each
 _OPPOSITE = ({"good", "bad"},)
 
 Shingles = UInt32[np.ndarray, " _"]
@@ -70,7 +71,8 @@ class NearIndex:
 
     def _minima(self, part: Shingles) -> UInt32[np.ndarray, " minima"]:
         self._minhash.clear()
-        self._minhash.update_batch(part.tolist())
+        for start in range(0, len(part), _PIECE):
+            self._minhash.update_batch(part[start : start + _PIECE].tolist())
         minima: UInt32[np.ndarray, " minima"] = self._minhash.hashvalues
         return minima
 

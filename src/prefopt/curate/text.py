@@ -33,16 +33,19 @@ class WordIds:
     """64-bit hashes of words, each worked out once."""
 
     def __init__(self) -> None:
-        self._known: dict[str, int] = {}
+        self._known = _Hashes()
 
     def of(self, some: Sequence[str]) -> UInt64[np.ndarray, " words"]:
         """A hash for each word, the same in every process."""
         if len(self._known) > _MOST_WORDS:
             self._known.clear()
-        known = self._known
-        for word in {word for word in some if word not in known}:
-            known[word] = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
-        return np.fromiter(map(known.__getitem__, some), np.uint64, len(some))
+        return np.fromiter(map(self._known.__getitem__, some), np.uint64, len(some))
+
+
+class _Hashes(dict[str, int]):
+    def __missing__(self, word: str) -> int:
+        number = self[word] = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
+        return number
 
 
 def run_hashes(ids: UInt64[np.ndarray, " words"], longest: int) -> list[UInt64[np.ndarray, " _"]]:

@@ -48,6 +48,8 @@ def check(config: CheckConfig, *, as_json: bool = False) -> bool:
         records = rows = read_records(config.data, audit=audit, columns=config.columns, split=config.split)
         if config.model is not None:
             lengths = _tokenize(rows, config.model, config, audit)
+    if not as_json:
+        print(_shown(audit.table()) + _verdict(audit))
     curation = Curation(against, "words" if lengths is None else "tokens")
     _look(curation, config, records, audit, lengths)
     written = None if config.write is None else _write(config, records, audit, curation)
@@ -55,7 +57,11 @@ def check(config: CheckConfig, *, as_json: bool = False) -> bool:
         from prefopt.report.curation import write_curation  # brings matplotlib along
 
         write_curation(config.report, audit, curation, config)
-    _print(audit, curation, written, as_json)
+    if as_json:
+        outcome = {} if written is None else {"written": written.as_json()}
+        print(json.dumps(audit.as_json() | {"curation": curation.as_json() | outcome}, ensure_ascii=False))
+    else:
+        _print(curation, written)
     return audit.rows > audit.refused
 
 
@@ -97,20 +103,10 @@ def _write(config: CheckConfig, records: Iterable[Record | Prompt], audit: Audit
     return write_clean(config.write, with_rows(read_rows(config.data, split=config.split), records), reason)
 
 
-def _print(audit: Audit, curation: Curation, written: Written | None, as_json: bool) -> None:
-    if as_json:
-        outcome = {} if written is None else {"written": written.as_json()}
-        print(json.dumps(audit.as_json() | {"curation": curation.as_json() | outcome}, ensure_ascii=False))
-        return
-    console = Console()
-    with console.capture() as table:  # rich would answer a closed pipe with an exit code of its own
-        console.print(audit.table())
-    print(table.get() + _verdict(audit))
-    if not curation.rows:
-        return
-    with console.capture() as table:
-        console.print(_findings(curation))
-    print("\n" + table.get(), end="")
+def _print(curation: Curation, written: Written | None) -> None:
+    """What was found and written, for people."""
+    if curation.rows:
+        print("\n" + _shown(_findings(curation)), end="")
     for leak in curation.leaks[:_LEAKS_SHOWN]:
         print(f"leak: {leak.source}, {leak.part}: {leak.kind} of {leak.prompt.source}: {leak.text}")
     if len(curation.leaks) > _LEAKS_SHOWN:
@@ -119,6 +115,13 @@ def _print(audit: Audit, curation: Curation, written: Written | None, as_json: b
         print(
             f"{written.file}: {written.written:,} of {written.rows:,} rows; {written.list} lists {written.dropped:,}."
         )
+
+
+def _shown(table: Table) -> str:
+    console = Console()
+    with console.capture() as text:  # rich would answer a closed pipe with an exit code of its own
+        console.print(table)
+    return text.get()
 
 
 def _findings(curation: Curation) -> Table:
