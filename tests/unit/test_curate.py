@@ -199,6 +199,7 @@ def test_no_refusals(text: str) -> None:
     [
         ("It\u00e2\u20ac\u2122s late", ["mojibake"]),
         ("caf\u00c3\u00a9", ["mojibake"]),
+        ("It\u00e2\x80\x99s late", ["mojibake", "control_characters"]),  # read as Latin-1
         ("the end.\u00e2\u20ac", ["mojibake"]),  # a closing quote whose last byte was dropped
         (
             "\u00d0\u0178\u00d1\u20ac\u00d0\u00b8\u00d0\u00b2\u00d0\u00b5\u00d1\u201a",

@@ -23,12 +23,12 @@ _MIXED = re.compile(f"[{_LATIN}][{_CYRILLIC}]|[{_CYRILLIC}][{_LATIN}]")
 
 # What the bytes 0x80 to 0xBF become in Windows-1252; the five it leaves free stay what they are.
 _TAIL = "".join(bytes([n]).decode("cp1252", "ignore") or chr(n) for n in range(0x80, 0xC0))
-_TAILS = f"[{re.escape(_TAIL)}]"
+_TAILS = f"[\x80-\x9f{re.escape(_TAIL)}]"  # Latin-1 leaves all controls what they are
 # One sequence is enough where it begins with \u00c2, \u00c3 or as signs above U+2000 do, whose last byte some
 # decoders drop; of others two in a row are asked for, since a capital before a closing quote is a sequence, too.
 _MOJIBAKE = re.compile(
-    f"[\u00c2\u00c3]{_TAILS}|\u00e2\u20ac|\u00e2[\u201a\u201e]{_TAILS}|(?:[\u00c4-\u00df]{_TAILS}){{2}}|(?:[\u00e0-\u00ef]{_TAILS}{{2}}){{2}}"
-    f"|\u00f0\u0178{_TAILS}{{2}}"
+    f"[\u00c2\u00c3]{_TAILS}|\u00e2[\u20ac\x80]|\u00e2[\u201a\u201e]{_TAILS}|\u00f0[\u0178\x9f]{_TAILS}{{2}}"
+    f"|(?:[\u00c4-\u00df]{_TAILS}){{2}}|(?:[\u00e0-\u00ef]{_TAILS}{{2}}){{2}}"
 )
 
 
