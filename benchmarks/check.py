@@ -5,8 +5,8 @@
 
 Pairs have a prompt of about 80 words and two completions of about 180, out of about 20,000 words drawn with Zipf's
 frequencies. One pair in a hundred is an earlier one with a word more, one in a thousand asks a question of the
-evaluation set of 1,000 prompts. Printed: what was planted and what was found, seconds, and the most memory the
-process held (its own imports included).
+evaluation set of 1,000 prompts. Printed: what was planted and what was found, seconds, processor
+time, and the most memory the process held (its own imports included).
 """
 
 import argparse
@@ -79,10 +79,11 @@ def main() -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         seconds = time.perf_counter() - began
     found = json.loads(done.stdout)["curation"]
-    megabytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    megabytes = usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
     print(f"{date.today()}, {platform.processor() or platform.machine()}, {pairs:,} pairs, {size:,.0f} MB")
     print(f"planted: {planted}; found: { ({name: found[name]['rows'] for name in planted}) }")
-    print(f"{seconds:.1f} s, {megabytes:,.0f} MB")
+    print(f"{seconds:.1f} s ({usage.ru_utime + usage.ru_stime:.1f} s of processor time), {megabytes:,.0f} MB")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ SECOND = (
 
 
 def set_of(text: str) -> np.ndarray:
-    return shingles(text, WordIds().of(words(text)))
+    return shingles(text, run_hashes(WordIds().of(words(text)), 5))
 
 
 def near(*rows: tuple[str, str, tuple[str, ...]]) -> list[Near]:
@@ -118,9 +118,9 @@ EVALUATION = [EvaluationPrompt(Source("bench.jsonl", n, n), t) for n, t in enume
 
 def leaks(prompt: str, completion: str = "") -> list[tuple[str, str, int]]:
     ids = WordIds()
-    found = EvaluationSet(EVALUATION, ids).leaks(
-        Source("pairs.jsonl", 7, 7), [ids.of(words(prompt))], {"chosen": ids.of(words(completion))}
-    )
+    asked, said = (ids.of(words(text)) for text in (prompt, completion))
+    parts = [("prompt", run_hashes(asked, 13)), ("chosen", run_hashes(said, 13))]
+    found = EvaluationSet(EVALUATION, ids).leaks(Source("pairs.jsonl", 7, 7), [asked], parts)
     return [(leak.part, leak.kind, leak.prompt.source.row) for leak in found]
 
 

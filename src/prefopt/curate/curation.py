@@ -12,12 +12,12 @@ import numpy as np
 
 from prefopt.curate.columns import Columns, Conflict
 from prefopt.curate.example import Example
-from prefopt.curate.leakage import EvaluationPrompt, EvaluationSet, Leak
+from prefopt.curate.leakage import LONGEST, EvaluationPrompt, EvaluationSet, Leak
 from prefopt.curate.lengths import LengthGap, length_gap
 from prefopt.curate.near import THRESHOLD, Near, NearIndex
 from prefopt.curate.oddities import oddities, script
 from prefopt.curate.refusals import refusal
-from prefopt.curate.text import WordIds, shingles, words
+from prefopt.curate.text import SHINGLE, WordIds, run_hashes, shingles, words
 from prefopt.records import Source
 
 __all__ = ["Count", "Curation", "NearRow"]
@@ -95,11 +95,15 @@ class Curation:
         self.columns.add(example.source, values)
         turns = [self._ids.of(words(turn)) for turn in example.prompt]
         said = {name: self._ids.of(words(text)) for name, text in example.completions.items()}
-        whole = np.concatenate(turns) if turns else np.zeros(0, np.uint64)
-        parts = [shingles(example.completions[name], ids) for name, ids in said.items()]
+        longest = SHINGLE if self._evaluation is None else LONGEST
+        asked = [run_hashes(ids, longest) for ids in turns]
+        runs = {name: run_hashes(ids, longest) for name, ids in said.items()}
+        whole = asked[0] if len(asked) == 1 else run_hashes(np.concatenate(turns or [np.zeros(0, np.uint64)]), SHINGLE)
+        parts = [shingles(example.completions[name], hashes) for name, hashes in runs.items()]
         self._near.add(example.kind, shingles("\n".join(example.prompt), whole), parts)
         if self._evaluation is not None:
-            self.leaks += self._evaluation.leaks(example.source, turns, said)
+            everywhere = [*(("prompt", hashes) for hashes in asked), *runs.items()]
+            self.leaks += self._evaluation.leaks(example.source, turns, everywhere)
         if example.kind in ("pair", "ranking"):
             self._lengths.add(example.prompt_key, lengths or [len(ids) for ids in said.values()])
         self._look(example)

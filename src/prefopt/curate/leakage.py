@@ -6,7 +6,7 @@ looked for within other text and have to be a whole turn. 13 and 8 are those of 
 are Few-Shot Learners" (arXiv 2005.14165, appendix C).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,9 +22,9 @@ from prefopt.data.turns import kind_of
 from prefopt.errors import DataError
 from prefopt.records import Source
 
-__all__ = ["EvaluationPrompt", "EvaluationSet", "Leak", "read_evaluation"]
+__all__ = ["LONGEST", "EvaluationPrompt", "EvaluationSet", "Leak", "read_evaluation"]
 
-_LONGEST, _SHORTEST = 13, 8
+LONGEST, _SHORTEST = 13, 8
 _QUESTIONS = ("question", "Question")  # TruthfulQA's
 
 Ids = UInt64[np.ndarray, " _"]
@@ -115,33 +115,32 @@ class EvaluationSet:
                 continue  # punctuation alone: no words to look for
             mine = ids.of(some)
             self._whole.setdefault(whole_hash(mine), number)
-            length = min(len(some), _LONGEST)
+            length = min(len(some), LONGEST)
             if length >= _SHORTEST:
                 runs = found.setdefault(length, {})
                 for start, run in enumerate(run_hashes(mine, length)[length].tolist()):
                     runs.setdefault(run, (number, start))
         self._runs = {length: (np.array(sorted(runs), np.uint64), runs) for length, runs in found.items()}
 
-    def leaks(self, source: Source, prompt: Sequence[Ids], completions: Mapping[str, Ids]) -> list[Leak]:
+    def leaks(self, source: Source, prompt: Sequence[Ids], parts: Sequence[tuple[str, Sequence[Ids]]]) -> list[Leak]:
         """Evaluation prompts found in a row, each once.
 
         Args:
             prompt: Words of each turn.
-            completions: Words of each completion, by its name.
+            parts: Of each turn ("prompt") and each completion (its name) `run_hashes` to LONGEST.
         """
         found: dict[int, Leak] = {}
         for turn in prompt:
             number = self._whole.get(whole_hash(turn)) if len(turn) else None
             if number is not None:
                 found[number] = Leak(source, "prompt", "exact", self.prompts[number], " ".join(self._words[number]))
-        for part, ids in (*(("prompt", turn) for turn in prompt), *completions.items()):
-            for number, text in self._runs_in(ids):
+        for part, hashes in parts:
+            for number, text in self._runs_in(hashes):
                 found.setdefault(number, Leak(source, part, "run", self.prompts[number], text))
         return list(found.values())
 
-    def _runs_in(self, ids: Ids) -> Iterator[tuple[int, str]]:
+    def _runs_in(self, hashes: Sequence[Ids]) -> Iterator[tuple[int, str]]:
         """Numbers of the prompts of which a run stands in a text, with its words."""
-        hashes = run_hashes(ids, max(self._runs, default=0))
         for length, (keys, runs) in self._runs.items():
             mine = hashes[length]
             there = keys[np.minimum(np.searchsorted(keys, mine), len(keys) - 1)] == mine

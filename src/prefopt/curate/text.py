@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import UInt32, UInt64
 
-__all__ = ["WordIds", "run_hashes", "shingles", "whole_hash", "words"]
+__all__ = ["SHINGLE", "WordIds", "run_hashes", "shingles", "whole_hash", "words"]
 
 # Runs of letters and digits; a character by itself in scripts that put no space between words; a sign before a
 # number or a single letter, which makes another question of "5 + 3"; pictographs, which may be all that an answer says.
@@ -19,7 +19,7 @@ _WORD = re.compile(
 )
 _MOST_WORDS = 1_000_000  # remembered at a time: about 150 MB
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so no bit of an earlier word is lost
-_SHINGLE = 5
+SHINGLE = 5
 
 
 def words(text: str) -> list[str]:
@@ -33,19 +33,16 @@ class WordIds:
     """64-bit hashes of words, each worked out once."""
 
     def __init__(self) -> None:
-        self._known = _Hashes()
+        self._known: dict[str, int] = {}
 
     def of(self, some: Sequence[str]) -> UInt64[np.ndarray, " words"]:
         """A hash for each word, the same in every process."""
-        if len(self._known) > _MOST_WORDS:
-            self._known.clear()
-        return np.fromiter(map(self._known.__getitem__, some), np.uint64, len(some))
-
-
-class _Hashes(dict[str, int]):
-    def __missing__(self, word: str) -> int:
-        number = self[word] = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
-        return number
+        known = self._known
+        if len(known) > _MOST_WORDS:
+            known.clear()
+        for word in {word for word in some if word not in known}:
+            known[word] = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
+        return np.fromiter(map(known.__getitem__, some), np.uint64, len(some))
 
 
 def run_hashes(ids: UInt64[np.ndarray, " words"], longest: int) -> list[UInt64[np.ndarray, " _"]]:
@@ -65,9 +62,14 @@ def whole_hash(ids: UInt64[np.ndarray, " words"]) -> int:
     return int((ids * np.cumprod(powers)[::-1]).sum(dtype=np.uint64))
 
 
-def shingles(text: str, ids: UInt64[np.ndarray, " words"]) -> UInt32[np.ndarray, " shingles"]:
-    """The set of runs of 5 words, as sorted hashes; of a shorter text its only run, of one without words itself."""
-    if not len(ids):
+def shingles(text: str, runs: Sequence[UInt64[np.ndarray, " _"]]) -> UInt32[np.ndarray, " shingles"]:
+    """The set of runs of 5 words, as sorted hashes; of a shorter text its only run, of one without words itself.
+
+    Args:
+        runs: `run_hashes` of the text, to 5 at least.
+    """
+    longest = next((hashes for hashes in runs[SHINGLE:0:-1] if len(hashes)), None)
+    if longest is None:
         digest = hashlib.blake2b(text.strip().encode(errors="surrogatepass"), digest_size=4).digest()
         return np.frombuffer(digest, np.uint32)
-    return np.unique((run_hashes(ids, min(_SHINGLE, len(ids)))[-1] >> np.uint64(32)).astype(np.uint32))
+    return np.unique((longest >> np.uint64(32)).astype(np.uint32))
