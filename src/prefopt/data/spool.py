@@ -78,7 +78,8 @@ class Seen:
     """What has been compared or judged so far, in a temporary database: nothing a row stays in memory."""
 
     def __init__(self) -> None:
-        self._db = sqlite3.connect("")  # SQLite's nameless file, in the same folder as ours
+        # SQLite's nameless file, in the same folder as ours. One thread uses it, but any may collect it, and so close it.
+        self._db = sqlite3.connect("", check_same_thread=False)
         weakref.finalize(self, self._db.close)
         self._db.execute(
             "CREATE TABLE seen (key BLOB PRIMARY KEY, way INTEGER, place INTEGER, file INTEGER, row INTEGER,"
