@@ -78,7 +78,7 @@ class Seen:
     """What has been compared or judged so far, in a temporary database: nothing a row stays in memory."""
 
     def __init__(self) -> None:
-        # SQLite's nameless file, in the same folder as ours. One thread uses it, but any may collect it, and so close it.
+        # SQLite's nameless file, in the same folder as ours. One thread uses it; any may collect and so close it.
         self._db = sqlite3.connect("", check_same_thread=False)
         weakref.finalize(self, self._db.close)
         self._db.execute(
