@@ -83,7 +83,7 @@ def test_every_checkpoint_of_every_method_is_measured(folder: Path) -> None:
             assert min(kl) > 0
     assert (folder / "whole" / "frontier.svg").read_text().startswith("<?xml")
     table = (folder / "whole" / "frontier.md").read_text()
-    assert "| DPO | beta 0.1 | 3 |" in table and "over seeds 0, 1" in table
+    assert "| DPO | beta 0.1 | 2 | 3 |" in table and "over seeds 0, 1" in table
 
 
 def test_a_second_call_measures_nothing_and_prints_the_same(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
