@@ -117,7 +117,7 @@ class Proximal:
         self.kept["reward_mean"].fill_(mean)
         self.kept["reward_sd"].fill_(sd)
         self.run.event("normalized", step=0, mean=mean, sd=sd, samples=len(drawn.rewards))
-        say(f"reward: (reward - {mean:.4g}) / {sd:.4g}, by {len(drawn.rewards):,} samples of the starting model")
+        say(f"reward: (reward {-mean:+.4g}) / {sd:.4g}, by {len(drawn.rewards):,} samples of the starting model")
         if self.config.value_from == "reward":  # its head says rewards as they were
             with torch.no_grad():
                 self.value.head.bias.sub_(mean)
