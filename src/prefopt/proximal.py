@@ -170,7 +170,7 @@ class Proximal:
         logprobs, old = self._logprobs(self.policy, batch, self.path), rollout.scores.logprobs[at]
         if lesson.first:
             lesson.farthest.append((logprobs.detach() - old).abs().max())
-        tokens = torch.tensor([_tokens(group) for group in batch.groups], device=at.device)
+        tokens = torch.tensor([group.scored_tokens for group in batch.groups], device=at.device)
         return ppo(
             logprobs=logprobs,
             old_logprobs=old,
@@ -286,7 +286,7 @@ def _minibatches(config: PPOConfig, iteration: int, groups: int) -> Iterator[lis
 
 def _tokens(group: CompletionGroup) -> int:
     """The loss is divided by the number of sampled tokens."""
-    return sum(completion.scored_tokens for completion in group.completions)
+    return group.scored_tokens
 
 
 def _together(made: Sequence[StepResult], metrics: Mapping[str, float]) -> StepResult:

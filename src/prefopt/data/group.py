@@ -49,6 +49,11 @@ class CompletionGroup:
         """Tokens a packed row spends on this group: the prompt once, then every completion."""
         return len(self.prompt_ids) + sum(len(c.ids) for c in self.completions)
 
+    @property
+    def scored_tokens(self) -> int:
+        """How many tokens of all completions enter a log-probability."""
+        return sum(completion.scored_tokens for completion in self.completions)
+
     def sequence_key(self, k: int) -> bytes:
         """Content hash of (prompt, k-th completion, its mask): what a cached log-probability is of."""
         digest = hashlib.blake2b(digest_size=16)

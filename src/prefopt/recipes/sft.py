@@ -84,7 +84,7 @@ def train(config: SFTConfig, resumed: RunFolder | None = None) -> RunFolder:
 
 def _tokens(group: CompletionGroup) -> int:
     """The loss is divided by the number of completion tokens."""
-    return sum(completion.scored_tokens for completion in group.completions)
+    return group.scored_tokens
 
 
 def _demonstrations(records: Iterable[Record]) -> Iterator[Record]:
