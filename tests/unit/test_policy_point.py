@@ -10,7 +10,8 @@ import torch
 
 from prefopt.errors import ConfigError
 from prefopt.evaluate import policy as module
-from prefopt.evaluate.policy import PolicyPoint, draw, measure, sequence_kl
+from prefopt.evaluate.points import standard_error
+from prefopt.evaluate.policy import draw, measure, sequence_kl
 from prefopt.model.load import LoadedModel, load_model
 from prefopt.model.logprobs import plain_attention, set_attention
 from prefopt.records import Content, Message
@@ -136,8 +137,7 @@ def test_rewards_are_asked_for_a_bounded_number_at_once(
 def test_the_standard_error_is_over_prompts() -> None:
     kl = np.array([1.0, 2.0, 3.0, 6.0])
     # Mean 3, squares 4 + 1 + 0 + 9 = 14, variance 14/3, standard error sqrt(14/3/4) = 1.0801.
-    assert PolicyPoint(kl, kl, kl, kl).kl_standard_error == pytest.approx(1.0801, abs=1e-4)
-    assert math.isnan(PolicyPoint(kl[:1], kl[:1], kl[:1], kl[:1]).kl_standard_error)
+    assert standard_error(kl) == pytest.approx(1.0801, abs=1e-4)
 
 
 def test_what_cannot_be_measured_is_refused(models: tuple[LoadedModel, LoadedModel], tmp_path: Path) -> None:

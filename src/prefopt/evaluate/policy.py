@@ -57,12 +57,6 @@ class PolicyPoint:
     tokens: Float64[np.ndarray, " prompts"]
     finished: Float64[np.ndarray, " prompts"]
 
-    @property
-    def kl_standard_error(self) -> float:
-        """Of the mean KL, over prompts; NaN for a single one."""
-        n = len(self.kl)
-        return float(self.kl.std(ddof=1) / n**0.5) if n > 1 else float("nan")
-
 
 def measure(
     policy: torch.nn.Module,
